@@ -1,12 +1,16 @@
-"""What the catalogue lists is there, and nothing else, in the formulas and in the tables of the documentation."""
+"""The catalogue lists what the formulas and the tables of the documentation have, and imports nothing heavy."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
+import pytest
 import torch
 
+import ddpm
 from ddpm import catalogue, metrics
 from ddpm.catalogue import (
     EXTRACTORS,
@@ -89,3 +93,11 @@ def test_the_documentation_lists_the_same():
         own = {field.name for field in fields(network)} - {field.name for field in fields(NetworkConfig)}
         row = page.partition(f"| `{network.kind}` |")[2].partition("\n")[0]
         assert own <= {*re.findall(r"`(\w+)`", row)}, network.kind
+
+
+def test_top_level_names_import_late():
+    assert all(getattr(ddpm, name).__name__ for name in ddpm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ddpm.nothing
+    code = "assert not {'torch', 'numpy', 'pydantic', 'yaml'} & sys.modules.keys(); ddpm.load; job.load"
+    subprocess.run([sys.executable, "-c", f"import sys, ddpm.catalogue, job; {code}"], check=True)

@@ -84,6 +84,7 @@ def test_mind_of_shifted_gaussians():
     real = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(1)) + 2.0
     assert metrics.mind(drawn, real) == pytest.approx(3 * 4.0 * WIDTH, rel=0.15)
     assert metrics.mind(drawn, drawn) == 0.0
+    assert metrics.mind(drawn, real) == metrics.mind(drawn, real)
 
 
 def test_inception_score_counts_classes():

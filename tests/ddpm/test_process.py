@@ -1,15 +1,20 @@
-"""Processes against published values, diffusers and lucidrains' formulas; points against each other."""
+"""Processes, predictions there and grids over them, against published values, diffusers and each other."""
 
 import math
+from itertools import combinations, pairwise, product
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from ddpm.catalogue import Diffusion
+from benchmarks.solvers import Mixture, rms
+from ddpm.catalogue import PREDICTIONS, Diffusion
+from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.model import Sampling
 from ddpm.process import (
     CLEAN,
     Point,
+    Prediction,
     RectifiedFlow,
     VarianceExploding,
     VariancePreserving,
@@ -18,8 +23,11 @@ from ddpm.process import (
     make_process,
     points_of,
 )
+from ddpm.samplers import ddim, unipc
+from tests.ddpm.known import no_noise, normal, point_of
 
 T = 1000
+LINEAR = linear_schedule(T)
 # ᾱ_t computed with 40 decimal digits.
 GOLDEN = {
     "linear": {
@@ -33,37 +41,34 @@ GOLDEN = {
     },
     "cosine": {0: 0.999958715775178, 499: 0.49384359044063775, 999: 2.4287669070348567e-9},
 }
-ALL = ("linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow")
-
-
-def numbers(*chosen: int) -> Tensor:
-    return torch.tensor(chosen)
+ALL = {
+    name: make_process(Diffusion(name, T)) for name in ("linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow")
+}
 
 
 def test_golden_values() -> None:
     for name, expected in GOLDEN.items():
-        point = make_process(Diffusion(name, T)).numbered(torch.tensor(list(expected)))
+        point = ALL[name].numbered(torch.tensor(list(expected)))
         assert point.t.tolist() == list(expected)
         for found, alpha_bar in zip(point.alpha.square().tolist(), expected.values(), strict=True):
             assert found == pytest.approx(alpha_bar, rel=1e-12), name
-    snr = (lambda point: (point.alpha / point.sigma) ** 2)(linear_schedule().numbered(torch.arange(T)))
-    assert (int((snr >= 5).sum()), int((snr >= 1).sum())) == (130, 259)
+    _, alpha, sigma = LINEAR.numbered(torch.arange(T))
+    assert [int(((alpha / sigma) ** 2 >= snr).sum()) for snr in (5, 1)] == [130, 259]
 
 
 def test_noise_keeps_its_digits() -> None:
     """1 - ᾱ at t = 0 is 1e-4; computed from a float32 ᾱ it would be off by 1e-4 of itself."""
-    first, last = points_of(linear_schedule().numbered(numbers(0, T - 1)))
+    first, last = (point_of(LINEAR, number) for number in (0, T - 1))
     assert first.sigma == pytest.approx(1e-2, rel=1e-12)
     assert first.sigma / first.alpha == pytest.approx(0.0100005000375, rel=1e-10)
     assert last.sigma / last.alpha == pytest.approx(157.4, rel=1e-3)
-    rescaled = linear_schedule().with_zero_terminal_snr()
-    assert points_of(rescaled.numbered(numbers(T - 1))) == [Point(T - 1, 0.0, 1.0)]
+    rescaled = LINEAR.with_zero_terminal_snr()
+    assert point_of(rescaled, T - 1) == Point(T - 1, 0.0, 1.0)
     assert rescaled.alphas_cumprod[0] == pytest.approx(0.9999, rel=1e-12)
 
 
 def test_every_process_finds_its_own_points() -> None:
-    for name in ALL:
-        process = make_process(Diffusion(name, T))
+    for name, process in ALL.items():
         point = process.numbered(torch.arange(T))
         ratio = point.sigma / point.alpha
         assert all(part.dtype == torch.float64 for part in point)
@@ -72,8 +77,9 @@ def test_every_process_finds_its_own_points() -> None:
         some = slice(0, T - (name == "flow"), 37)
         for found, known in zip(process.with_ratio(ratio[some]), point, strict=True):
             torch.testing.assert_close(found, known[some], rtol=1e-9, atol=1e-9, msg=name)
-        between = process.with_ratio(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
-        torch.testing.assert_close(between.sigma / between.alpha, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+        ratio = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+        between = process.with_ratio(ratio)
+        torch.testing.assert_close(between.sigma / between.alpha, ratio)
         u = torch.tensor([1e-9, 0.25, 0.999999], dtype=torch.float64)
         assert (process.uniform(u).t.diff() > 0).all(), name
     assert CLEAN.alpha == 1 and CLEAN.sigma == 0
@@ -82,30 +88,180 @@ def test_every_process_finds_its_own_points() -> None:
 def test_t_lies_between_timesteps() -> None:
     import diffusers
 
-    schedule, judge = linear_schedule(), diffusers.EulerDiscreteScheduler()
+    judge = diffusers.EulerDiscreteScheduler()
     sigmas = ((1 - judge.alphas_cumprod) / judge.alphas_cumprod).double().sqrt()
     ratio = torch.tensor([0.02, 0.3, 1.7, 40.0], dtype=torch.float64)
     expected = judge._sigma_to_t(ratio.numpy(), sigmas.log().numpy())
-    assert schedule.with_ratio(ratio).t.tolist() == pytest.approx(expected.tolist(), abs=0.02)
-    beyond = schedule.with_ratio(torch.tensor([1e-6, 1e6], dtype=torch.float64))
+    assert LINEAR.with_ratio(ratio).t.tolist() == pytest.approx(expected.tolist(), abs=0.02)
+    beyond = LINEAR.with_ratio(torch.tensor([1e-6, 1e6], dtype=torch.float64))
     assert beyond.t.tolist() == [0, T - 1]
 
 
 def test_edm_and_flow_are_published() -> None:
-    edm = VarianceExploding(T, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
-    first, last = points_of(edm.numbered(numbers(0, T - 1)))
-    assert (first.sigma, last.sigma) == (pytest.approx(0.002), pytest.approx(80))
-    assert last == Point(pytest.approx(math.log(80) / 4), 1.0, pytest.approx(80))
-    assert edm.input_scale(1.2) == pytest.approx(1 / 1.3)
+    edm, flow = VarianceExploding(T, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5), RectifiedFlow(T)
+    assert point_of(edm, 0).sigma == pytest.approx(0.002)
+    assert point_of(edm, T - 1) == Point(pytest.approx(math.log(80) / 4), 1.0, pytest.approx(80))
     assert edm.uniform(torch.tensor([0.5], dtype=torch.float64)).sigma.item() == pytest.approx(0.4)
-    flow = RectifiedFlow(T)
-    assert points_of(flow.numbered(numbers(249, T - 1))) == [Point(250, 0.75, 0.25), Point(1000, 0, 1)]
-    for process in (flow, linear_schedule()):
-        assert process.input_scale(0.3) == 1
+    assert points_of(flow.numbered(torch.tensor([249, T - 1]))) == [Point(250, 0.75, 0.25), Point(1000, 0, 1)]
+    assert edm.input_scale(1.2) == pytest.approx(1 / 1.3)
+    assert flow.input_scale(0.3) == LINEAR.input_scale(0.3) == 1
 
 
-def test_impossible_processes_are_refused() -> None:
-    for make, message in (
+X_START, NOISE, ERROR = normal(0, (3, 4, 3, 4, 4), torch.float32)
+
+
+def at(process, *numbers: int, dtype: torch.dtype = torch.float32) -> Point[torch.Tensor]:
+    return Point(*(part.to(dtype).view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(numbers))))
+
+
+def test_predictions_and_images_determine_each_other() -> None:
+    """In float32 to its last digits. One factor relates their errors."""
+    processes = [ALL[name] for name in ("linear", "cosine", "edm", "flow")]
+    for process, kind, dtype in product(processes, PREDICTIONS, (torch.float32, torch.float64)):
+        point, prediction = at(process, 3, 250, 500, 900, dtype=dtype), Prediction(kind)
+        x_start, noise, error = (each.to(dtype) for each in (X_START, NOISE, ERROR))
+        x_t, target = point.alpha * x_start + point.sigma * noise, prediction.target(x_start, noise, point)
+        recovered = prediction.x_start(target, x_t, point)
+        scale = max(1.0, float((point.sigma / point.alpha).max()))
+        torch.testing.assert_close(recovered, x_start, rtol=0, atol=2e-6 * scale, msg=f"{process} {kind}")
+        if dtype is torch.float64:
+            on_x_start = (prediction.x_start(target + error, x_t, point) - x_start).square()
+            found = torch.as_tensor(prediction.error_factor(point)) * on_x_start
+            torch.testing.assert_close(found, error.square(), rtol=1e-6, atol=1e-9, msg=f"{process} {kind}")
+    for kind, factor in (("epsilon", 1), ("v", 2)):
+        assert Prediction(kind).error_factor(at(LINEAR, 259)).item() == pytest.approx(factor, abs=0.01)
+
+
+def test_v_is_exact_without_signal() -> None:
+    """The reason to choose it: at ᾱ = 2e-9 an error of ε is multiplied by 20,000, an error of v by one."""
+    point = at(ALL["cosine"], 999)
+    x_t = point.alpha * X_START + point.sigma * NOISE
+    for kind, expected in (("v", -0.01), ("epsilon", -202.9)):
+        prediction = Prediction(kind)
+        error = prediction.x_start(prediction.target(X_START, NOISE, point) + 0.01, x_t, point) - X_START
+        assert torch.allclose(error, torch.tensor(expected), rtol=0.01)
+
+
+def timesteps(steps: int, grid: str, num_timesteps: int = T) -> list[int]:
+    """The numbers of the points that a grid on the linear schedule visits."""
+    *points, clean = make_grid(linear_schedule(num_timesteps), steps, grid)
+    assert clean == CLEAN and all(point.t == round(point.t) for point in points)
+    return [round(point.t) for point in points]
+
+
+def test_shift_is_diffusers() -> None:
+    import diffusers
+
+    for shift, steps in product((0.5, 1.0, 3.0, 5.5), (1, 7, 28)):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        points = Sampling("ddim", steps, "trailing", shift=shift).points(RectifiedFlow())
+        assert [point.sigma for point in points] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+        assert [point.t for point in points[:-1]] == pytest.approx(scheduler.timesteps.tolist(), abs=1e-3)
+        assert [point.alpha + point.sigma for point in points] == pytest.approx([1] * (steps + 1))
+
+
+@pytest.mark.parametrize(("grid", "last"), [("trailing", 1 / 7), ("linspace", 1 / T)])
+def test_processes_without_a_table_are_not_rounded(grid: str, last: float) -> None:
+    """A flow's σ is spaced evenly, and EDM's ln σ."""
+    flow, edm = (make_grid(process, 7, grid)[:-1] for process in (RectifiedFlow(), VarianceExploding()))
+    expected = np.linspace(1, last, 7)
+    assert [point.sigma for point in flow] == pytest.approx(expected.tolist(), rel=1e-12)
+    of_edm = 0.002 * 40_000 ** ((expected * T - 1) / (T - 1))
+    assert [point.sigma for point in edm] == pytest.approx(of_edm.tolist(), rel=1e-9)
+
+
+def test_grids_of_timesteps_descend() -> None:
+    kinds = ("leading", "trailing", "linspace", "quadratic")
+    for grid, num_timesteps in product(kinds, (1, 2, 3, 4, 5, 10, 37, 1000)):
+        for steps in {*range(1, min(num_timesteps, 40) + 1), num_timesteps - num_timesteps // 9, num_timesteps}:
+            visited = timesteps(steps, grid, num_timesteps)
+            assert len(visited) == steps
+            assert all(a > b for a, b in pairwise(visited))
+            assert visited[-1] >= 0 and visited[0] < num_timesteps
+        assert timesteps(num_timesteps, grid, num_timesteps) == list(range(num_timesteps))[::-1]
+
+
+def test_timesteps_equal_diffusers() -> None:
+    import diffusers
+
+    for grid, steps in product(("leading", "trailing", "linspace"), (2, 7, 10, 16, 50, 100, 250, 999, 1000)):
+        scheduler = diffusers.DDIMScheduler(timestep_spacing=grid)
+        scheduler.set_timesteps(steps)
+        assert timesteps(steps, grid) == scheduler.timesteps.tolist(), (grid, steps)
+    assert timesteps(1, "linspace") == timesteps(1, "trailing") == [999]
+
+
+def test_quadratic_is_the_ddim_papers() -> None:
+    """The paper's has repeats among its smallest timesteps; only these are moved."""
+    assert timesteps(5, "quadratic") == [800, 450, 200, 50, 0]
+    for steps, moved in ((10, 0), (20, 0), (50, 3), (100, 12)):
+        squares = [int(s) for s in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2]
+        grid = timesteps(steps, "quadratic")[::-1]
+        assert grid[: moved + 1] == list(range(moved + 1)), steps
+        assert grid[moved + 1 :] == squares[moved + 1 :], steps
+
+
+def test_karras_is_the_edm_papers() -> None:
+    steps, rho = 18, 7
+    ramp = np.linspace(0, 1, steps)
+    for process, largest, smallest in (
+        (VarianceExploding(), 80.0, 0.002),
+        (LINEAR, 157.4072, 0.01000050004),
+    ):
+        *points, clean = make_grid(process, steps, "karras")
+        expected = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
+        assert [point.sigma / point.alpha for point in points] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert clean == CLEAN
+
+
+def test_log_snr_is_diffusers_exponential_sigmas() -> None:
+    """And the network is told the timestep there, which diffusers cuts to a whole one."""
+    from diffusers import DEISMultistepScheduler
+
+    process = cosine_schedule(T)
+    judge = DEISMultistepScheduler(trained_betas=process.betas.numpy(), use_exponential_sigmas=True)
+    for steps in (2, 10, 37):
+        judge.set_timesteps(steps)
+        *points, clean = make_grid(process, steps, "log_snr")
+        found = [point.sigma / point.alpha for point in points]
+        # Their tables are float32: of 1 - ᾱ three digits are left where there is least noise.
+        assert found == pytest.approx(judge.sigmas[:-1].tolist(), rel=1e-3)
+        assert [point.t for point in points] == pytest.approx([t + 0.5 for t in judge.timesteps.tolist()], abs=0.6)
+        assert clean == CLEAN
+    *points, _ = make_grid(VarianceExploding(), 7, "log_snr")
+    assert [point.sigma for point in points] == pytest.approx(np.geomspace(80, 0.002, 7).tolist())
+
+
+def test_found_grid_is_the_best() -> None:
+    """Every choice of 4 among 9 points, judged by the errors of Euler's method from where the exact way is."""
+    data, process = Mixture(), cosine_schedule(100)
+    candidates = make_grid(process, 9, "trailing")
+    x = np.hypot(0.5 * candidates[0].alpha, candidates[0].sigma) * torch.linspace(-2, 2, 41).double().view(-1, 1, 1, 1)
+    # `find_grid` takes this for exact.
+    trajectory = [unipc(data.denoise, x, candidates[: i + 1], no_noise) for i in range(10)]
+
+    def missed(i: int, k: int) -> float:
+        end = ddim(data.denoise, trajectory[i], [candidates[i], candidates[k]], no_noise)
+        return rms(end - trajectory[k]) / np.hypot(candidates[k].alpha, candidates[k].sigma)
+
+    ways = [(0, *between, 9) for between in combinations(range(1, 9), 3)]
+    best = min(ways, key=lambda way: sum(missed(i, k) for i, k in pairwise(way)))
+    found = find_grid(data.denoise, x, process, 4, 9)
+    assert found == [round(candidates[i].t) for i in best[:-1]]
+
+    exact = data.flow(x, candidates[0], CLEAN)
+    fine = find_grid(data.denoise, x, process, 8, 100)
+    errors = [
+        rms(ddim(data.denoise, x, points, no_noise) - exact)
+        for points in (numbered_points(process, fine), make_grid(process, 8, "trailing"))
+    ]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
         (lambda: linear_schedule(0), "at least one timestep"),
         (lambda: cosine_schedule(0), "at least one timestep"),
         (lambda: linear_schedule(10, beta_end=1.5), "between 0 and 1"),
@@ -113,6 +269,16 @@ def test_impossible_processes_are_refused() -> None:
         (lambda: VariancePreserving.from_betas(torch.tensor([1.0, 0.1])), "between 0 and 1"),
         (lambda: make_process(Diffusion("laplace")), r"'laplace'.*linear.*flow"),
         (lambda: make_process(Diffusion("edm", zero_terminal_snr=True)), "'edm' does not have"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make()
+        (lambda: Prediction("eps"), r"'eps'.*epsilon.*edm"),
+        (lambda: make_grid(LINEAR, 0, "trailing"), "between 1 and 1000.*not 0"),
+        (lambda: make_grid(LINEAR, T + 1, "trailing"), "between 1 and 1000.*not 1001"),
+        (lambda: make_grid(LINEAR, 10, "cosine"), r"'cosine'.*leading.*karras"),
+        (lambda: make_grid(RectifiedFlow(), 10, "karras"), "karras needs a process that leaves something"),
+        (lambda: make_grid(LINEAR.with_zero_terminal_snr(), 10, "log_snr"), "log_snr needs a process that leaves"),
+        (lambda: Sampling("ddim", 5, "trailing", shift=3.0).points(LINEAR), "rectified flow"),
+        (lambda: find_grid(Mixture().denoise, NOISE, LINEAR, 10, 9), "between 1 and 9, the points to choose from.*10"),
+    ],
+)
+def test_impossible_processes_and_grids_are_refused(make, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()

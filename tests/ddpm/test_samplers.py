@@ -1,8 +1,8 @@
-"""Samplers against diffusers step by step and over whole trajectories, their orders, and what they ask of whom."""
+"""Samplers against diffusers step by step and over whole trajectories, and their orders of convergence."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import product
 from math import log, log2, sqrt
 
 import pytest
@@ -12,12 +12,10 @@ from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
 from ddpm.grids import make_grid
-from ddpm.model import Guidance, Sampling, make_denoiser
-from ddpm.objective import Condition
+from ddpm.model import Sampling
 from ddpm.process import (
     CLEAN,
     Point,
-    Prediction,
     Process,
     RectifiedFlow,
     VarianceExploding,
@@ -27,6 +25,8 @@ from ddpm.process import (
     points_of,
 )
 from ddpm.samplers import (
+    Denoiser,
+    Sampler,
     Step,
     Visit,
     ancestral,
@@ -41,61 +41,37 @@ from ddpm.samplers import (
     ipndm_step,
     unipc,
 )
-from tests.ddpm.gaussian import SHAPE, Gaussian, no_noise, normal
+from tests.ddpm.known import Gaussian, no_noise, normal, point_of
 
 T = 1000
-
-
-def visited(process: Process, *numbers: int) -> list[Point[float]]:
-    """These numbered points; -1 is the clean image."""
-    return [points_of(process.numbered(torch.tensor([number])))[0] if number >= 0 else CLEAN for number in numbers]
-
-
-def judge(kind: type, schedule: VariancePreserving, **config: object):
-    """A diffusers scheduler of x_0-prediction on our float64 table: its own float32 one has 1 - ᾱ_0 to 3 digits."""
-    scheduler = kind(num_train_timesteps=T, prediction_type="sample", clip_sample=False, **config)
-    scheduler.alphas_cumprod = schedule.alphas_cumprod
-    return scheduler
+PROCESSES: Sequence[Process] = (linear_schedule(), cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow())
 
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
-class TestStep:
-    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-    def test_ancestral_equals_diffusers(self, make: Callable[[], VariancePreserving], variance: str) -> None:
-        import diffusers
+@pytest.mark.parametrize("share", ["fixed_small", "fixed_large", "learned_range", 0.0, 0.4, 1.0])
+def test_single_steps_equal_diffusers(make: Callable[[], VariancePreserving], share: str | float) -> None:
+    """Ancestral ones by their variance, DDIM's by η; on our float64 table, as theirs has 1 - ᾱ_0 to three digits."""
+    import diffusers
 
-        schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
-        scheduler = judge(diffusers.DDPMScheduler, schedule, variance_type=variance)
-        output, answer = x_start, x_start
-        if variance == "learned_range":
-            output, answer = torch.cat([x_start, normal(3)], 1), torch.cat([x_start, (normal(3) + 1) / 2], 1)
-        for t, t_prev in ((999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)):
-            scheduler.set_timesteps(timesteps=[t, t_prev] if t_prev >= 0 else [t])
-            expected = scheduler.step(output, t, x_t, generator=torch.Generator().manual_seed(2)).prev_sample
-            points = visited(schedule, t, t_prev)
-            step = ancestral(lambda x, point: answer, x_t, points, lambda draw: normal(2), variance)
-            assert_close(step, expected, rtol=0, atol=1e-6, msg=f"{t} to {t_prev}")
-
-    @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-    def test_ddim_equals_diffusers(self, make: Callable[[], VariancePreserving], eta: float) -> None:
-        import diffusers
-
-        schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
-        scheduler = judge(diffusers.DDIMScheduler, schedule, set_alpha_to_one=True)
-        for t, steps in ((999, 1000), (999, 50), (500, 4), (40, 50), (1, 1000), (0, 1000)):
-            scheduler.set_timesteps(steps)
-            expected = scheduler.step(x_start, t, x_t, eta=eta, variance_noise=normal(2)).prev_sample
-            points = visited(schedule, t, t - T // steps)
-            step = ddim(lambda x, point: x_start, x_t, points, lambda draw: normal(2), eta)
-            assert_close(step, expected, rtol=0, atol=1e-6, msg=f"t = {t} of {steps} steps")
-
-
-def smooth_network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Some function of x_t and t that a network could be."""
-    return torch.tanh(1.3 * x.roll(1, -1) + t.view(-1, 1, 1, 1) / T - 0.4)
-
-
-Denoise = Callable[[Tensor, Point[float]], Tensor]
+    schedule, x_t, x_start, noise = make(), normal(0), normal(1).clamp(-1, 1), normal(2)
+    config = {"num_train_timesteps": T, "prediction_type": "sample", "clip_sample": False}
+    output, answer = x_start, x_start
+    if share == "learned_range":
+        output, answer = torch.cat([x_start, normal(3)], 1), torch.cat([x_start, (normal(3) + 1) / 2], 1)
+    for t, t_prev in ((999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)):
+        if isinstance(share, str):
+            judge = diffusers.DDPMScheduler(**config, variance_type=share)
+            judge.set_timesteps(timesteps=[t, t_prev] if t_prev >= 0 else [t])
+            sampler, how = partial(ancestral, variance=share), {"generator": torch.Generator().manual_seed(2)}
+        else:
+            judge = diffusers.DDIMScheduler(**config, set_alpha_to_one=True)
+            judge.set_timesteps(T // (t - t_prev))
+            sampler, how = partial(ddim, eta=share), {"eta": share, "variance_noise": noise}
+        judge.alphas_cumprod = schedule.alphas_cumprod
+        expected = judge.step(output, t, x_t, **how).prev_sample
+        points = [point_of(schedule, t), point_of(schedule, t_prev) if t_prev >= 0 else CLEAN]
+        step = sampler(lambda x, point: answer, x_t, points, lambda draw: noise)
+        assert_close(step, expected, rtol=0, atol=1e-6, msg=f"{t} to {t_prev}")
 
 
 def lambdas(process: Process, steps: int, first: float, last: float) -> list[Point[float]]:
@@ -109,8 +85,8 @@ def estimate(x: Tensor, point: Point[float]) -> Tensor:
     return torch.tanh(1.3 * (x / point.alpha).roll(1, -1) / (1 + ratio) + 0.2 * log(ratio))
 
 
-def asked(sampler: Callable[..., Tensor], points: Sequence[Point[float]], x: Tensor, denoise: Denoise) -> list[Tensor]:
-    """What a denoiser is asked, and the end."""
+def asked(sampler: Sampler, points: Sequence[Point[float]], x: Tensor, denoise: Denoiser) -> list[Tensor]:
+    """The questions to a denoiser, and the end."""
     seen: list[Tensor] = []
 
     def remembered(x: Tensor, point: Point[float]) -> Tensor:
@@ -168,18 +144,6 @@ def test_multistep_samplers_equal_diffusers() -> None:
                 assert_close(*pair, rtol=0, atol=2e-5, msg=f"{kind.__name__} {config}, step {step}, flow {flow}")
 
 
-def test_steps_of_a_flow_are_jits_down_to_its_limit() -> None:
-    """Li & He 2025: v is (x - z)/(1 - t), with 1 - t of 0.05 at least. Below it theirs leave noise, and ours do not."""
-    x_start, x = normal(1), normal(0)
-    for point, after in pairwise(make_grid(RectifiedFlow(), 50, "trailing")):
-        t, t_next = 1 - point.sigma, 1 - after.sigma
-        theirs = x + (t_next - t) * (x_start - x) / max(1 - t, 0.05)
-        x = ddim(lambda x, point: x_start, x, [point, after], no_noise)
-        assert ((x - theirs).abs().max() < 1e-12) == (point.sigma >= 0.05), point
-    assert_close(x, x_start)
-    assert rms(theirs - x_start) > 0.01
-
-
 def test_churn_is_edms() -> None:
     """Algorithm 2 as it is printed, for D(x; σ) with x/α and σ/α for x and σ."""
     S_churn = 2.0
@@ -215,9 +179,6 @@ def test_heuns_first_step_of_a_cosine() -> None:
     exact = data.flow(normal(0), points[0], CLEAN)
     errors = [rms(f(data.denoise, normal(0), points, no_noise) - exact) for f in (partial(heun, process=process), ddim)]
     assert errors[0] < 0.7 * errors[1], errors
-
-
-PROCESSES: Sequence[Process] = (linear_schedule(), cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow())
 
 
 def test_new_images_begin_with_noise() -> None:
@@ -260,82 +221,20 @@ def test_steps_of_ipndm_and_deis(take: Step, evenly: bool) -> None:
 def test_samplers_with_noise_converge() -> None:
     """On a Gaussian all is linear: image b gets draw b alone, and the squares of all together are the variance."""
     data = Gaussian(mean=0.0)
-    for sampler, order in (
-        (ancestral, 1),
-        (partial(ancestral, variance="fixed_large"), 1),
-        (partial(ddim, eta=1.0), 1),
-        (dpmpp_sde_2m, 2),
+    for (sampler, order), process in product(
+        (
+            (ancestral, 1),
+            (partial(ancestral, variance="fixed_large"), 1),
+            (partial(ddim, eta=1.0), 1),
+            (dpmpp_sde_2m, 2),
+        ),
+        PROCESSES,
     ):
-        for process in PROCESSES:
-            errors = []
-            for steps in (80, 160):
-                points, draws = (
-                    refined(process, steps),
-                    torch.eye(steps + 1, dtype=torch.float64)[..., None, None, None],
-                )
-                first, last = data.std_at(points[0]), data.std_at(points[-1])
-                x = sampler(data.denoise, first * draws[0], points, draws.__getitem__)
-                errors.append(abs(float(x.square().sum().sqrt()) - last))
-            assert log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3), (sampler, process, errors)
-
-
-class TestContract:
-    def test_noise_is_requested_by_draw(self) -> None:
-        for sample, expected in (
-            (partial(ancestral, variance="fixed_large"), [1, 2]),
-            (partial(ddim, eta=0.5), [1, 2]),
-            (ddim, []),
-        ):
-            asked, seen = [], []
-
-            def noise_at(draw: int, asked: list[int] = asked) -> Tensor:
-                asked.append(draw)
-                return normal(draw)
-
-            def denoise(x: Tensor, point: Point[float], seen: list[float] = seen) -> Tensor:
-                seen.append(point.t)
-                return 0.5 * x
-
-            sample(denoise, normal(0), visited(linear_schedule(), 900, 400, 7, -1), noise_at)
-            assert asked == expected
-            assert seen == [900, 400, 7]
-
-    def test_network_gets_point_and_condition(
-        self,
-    ) -> None:
-        layer, condition, steps = torch.nn.Conv2d(3, 3, 1).bfloat16(), Condition(torch.tensor([3, 1])), []
-        edm, x_t = VarianceExploding(), normal(0).float()
-        (point,) = visited(edm, 700)
-
-        def network(x: Tensor, t: Tensor, given: Condition) -> Tensor:
-            assert (t.tolist(), t.dtype) == ([pytest.approx(point.t)] * 2, torch.float32)
-            assert given is condition
-            assert_close(x, x_t / (point.sigma**2 + 0.25) ** 0.5)
-            return layer(x.bfloat16())
-
-        def keep(*step: object) -> None:
-            steps.append(step)
-
-        estimate = make_denoiser(network, edm, Prediction("edm"), condition, callback=keep)(x_t, point)
-        assert (estimate.dtype, estimate.requires_grad) == (torch.float32, False)
-        assert estimate.abs().max() <= 1, "clipped unless it is said otherwise"
-        ((at, given_x, x_start),) = steps
-        assert at is point and given_x is x_t and x_start is estimate
-
-    def test_sampling_never_waits_for_the_device(self) -> None:
-        """On the meta device any look at a value raises."""
-        x, schedule = torch.empty(SHAPE, device="meta"), linear_schedule()
-        denoise = make_denoiser(smooth_network, schedule, Prediction("v"))
-        points = visited(schedule, 900, 3, -1)
-        assert ddim(denoise, x, points, lambda draw: x, 1.0).shape == SHAPE
-        assert ancestral(denoise, x, points, lambda draw: x, "fixed_large").shape == SHAPE
-        with_share = make_denoiser(
-            lambda x, t, told: torch.cat([x, x], dim=1),
-            schedule,
-            Prediction("v"),
-            Condition(torch.empty(2, dtype=torch.int64, device="meta"), x),
-            guidance=Guidance(2.0, rescale=0.5),
-            null_class=3,
-            with_share=True,
-        )
-        assert ancestral(with_share, x, points, lambda draw: x, "learned_range").shape == SHAPE
+        errors = []
+        for steps in (80, 160):
+            points = refined(process, steps)
+            draws = torch.eye(steps + 1, dtype=torch.float64)[..., None, None, None]
+            first, last = data.std_at(points[0]), data.std_at(points[-1])
+            x = sampler(data.denoise, first * draws[0], points, draws.__getitem__)
+            errors.append(abs(float(x.square().sum().sqrt()) - last))
+        assert log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3), (sampler, process, errors)

@@ -193,7 +193,7 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     encode = ("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket)
     with monkeypatch.context() as patch:
         is_begun = StopWhen(lambda: any((bucket / KEY / "pieces").glob("*.json")))
-        patch.setattr("job.commands.Stop", lambda: Installed(is_begun))
+        patch.setattr("job.coordination.outcome.Stop", lambda: Installed(is_begun))
         done = ddpm_here(*encode)
     assert "all whole pieces are saved" in refused(done, Exit.STOPPED)
     entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / "pieces").glob("*.json")}

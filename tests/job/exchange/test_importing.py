@@ -21,7 +21,7 @@ from job.runs.checkpoints import choose, list_checkpoints, load_manifest, load_w
 from job.runs.records import existing_config, load_attempt
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.ddpm.networks.weights import randomise
+from tests.ddpm.known import randomise
 from tests.ddpm.test_interop import SMALL, ho_named
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 

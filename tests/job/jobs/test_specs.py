@@ -29,7 +29,7 @@ def test_commands_survive_writing_and_reading():
         ("train", ["--dataset", "a", "--config", "some where.yaml", "--hang-after", "0.5", "--stop-after", "1h"]),
         ("sample", ["--run", "r", "--gif", "--weights", "model", "--no-nearest", "--steps", "4"]),
         ("sample", ["--run", "r", "--nearest", "--checkpoints", "30,80", "--seeds", "0-3"]),
-        ("sample", ["--run", "r", "--count", "10", "--slice", "0/2", "--checkpoints=-1"]),
+        ("sample", ["--run", "r", "--count", "10", "--slice", "0/2", "--classes=-1"]),
         (
             "evaluate",
             ["--run", "r", "--count", "99", "--metrics", "fid", "--guidance", "2", "--extractor", "mobilenet"],
@@ -60,6 +60,7 @@ def test_every_option_survives(kind):
             value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
             value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
             value = option.choices[-1] if option.choices and takes is str else value
+            value = {"checkpoints": "30,80", "metrics": "fid,kid"}[each.name] if option.pattern else value
             request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
             again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
             assert getattr(again, field) == getattr(request, field), each.name

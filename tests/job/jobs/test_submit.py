@@ -103,6 +103,6 @@ def test_missing_libraries_are_named(tmp_path):
     program = (sys.executable, "-P", "-c", code, str(blocked))
     for on, extra in (("gke", "kubernetes"), ("vm", "google")):
         words = ["submit", "train", *FOR_TRAIN, "--on", on]
-        line = refused(ddpm(*words, "--yes", program=program), Exit.MISSING_INPUT)
+        line = refused(ddpm(*words, "--yes", program=program), Exit.BAD_REQUEST)
         assert line.endswith(f" -m pip install --editable '{Path(job.__file__).parents[1]}[{extra}]'")
     assert "celeba" in succeeded(ddpm(*words, "--dry-run", program=program))

@@ -1,6 +1,7 @@
-"""Each kind of network: published sizes, the inputs that it takes, and the same result in other circumstances."""
+"""Each kind of network: published sizes and initial weights, its inputs, and the same result in other circumstances."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,26 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import networks
-from ddpm.catalogue import NETWORKS
+from ddpm.catalogue import NETWORKS, OF_CLASSES
 from ddpm.image_size import ImageSize
 from ddpm.objective import Condition
-from tests.ddpm.networks.weights import inputs, randomise
+from tests.ddpm.known import SMALL, TOLD, build, inputs, of_classes
 
-SMALL: dict[str, dict[str, Any]] = {
-    "unet": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "norm_groups": 4, "dropout": 0.3},
-    "edm2": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "head_channels": 8, "dropout": 0.3},
-    "dit": {"width": 16, "depth": 2, "heads": 2, "dropout": 0.3, "qk_norm": True, "rms_norm": True, "rope": True},
-    "dome": {},
+DROPOUT: dict[str, dict[str, Any]] = {kind: {"dropout": 0.3} for kind in TOLD} | {"dome": {}}
+OPTIONS = DROPOUT | {"dit": DROPOUT["dit"] | {"qk_norm": True, "rms_norm": True, "rope": True}}
+TELLS: dict[str, dict[str, Any]] = {
+    kind: {"self_conditioning": True, "augmentation_labels": 5} if kind in TOLD else {} for kind in SMALL
 }
-TELLABLE = [kind for kind, network in NETWORKS.items() if network.takes_estimates]
-"""Of estimates and augmentation."""
-
-
-def build(kind: str, **changes: Any) -> nn.Module:
-    sizes = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
-    network = networks.build(kind, **{**sizes, **SMALL.get(kind, {}), **changes})
-    randomise(network)
-    return network
 
 
 IMPROVED = {"channel_mults": (1, 2, 3, 4), "layers_per_level": 3, "attention_sizes": (16, 8), "scale_shift": True}
@@ -47,6 +38,8 @@ PUBLISHED = {
     ],
     # Karras et al. 2024, table 2, on latents.
     ("edm2", 64, 4, 1000): [(124.7, {"channels": 128}), (1523.2, {"channels": 448})],
+    # dome272's checkpoints.
+    ("dome", 64, 3, 0): [(23.332739, {})],
 }
 """Millions of parameters, by kind, size of the images, channels out and classes."""
 
@@ -57,9 +50,9 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
     shape = {"image_size": image_size, "out_channels": out_channels, "num_classes": num_classes}
     for millions, options in PUBLISHED[about]:
         with torch.device("meta"):
-            network = networks.build(kind, in_channels=3 if kind == "unet" else 4, **shape, **options)
+            network = networks.build(kind, in_channels=3 if kind in ("unet", "dome") else 4, **shape, **options)
         found = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) / 1e6
-        assert round(found, 1 if kind == "edm2" else None) == millions, options
+        assert round(found, len(str(millions).partition(".")[2])) == millions, options
 
 
 @pytest.mark.parametrize(
@@ -79,7 +72,7 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
         ("dit", {"image_size": 15}, r"data.size=15 is not a multiple of model.patch_size=2"),
         ("dit", {"heads": 3}, r"width=16 cannot be split into model.heads=3"),
         ("dit", {"width": 6}, r"width=6 must be a multiple of 4"),
-        ("dit", {"heads": 8}, r"rope: model.width=16 / model.heads=8 must be a multiple of 4"),
+        ("dit", {"heads": 8, "rope": True}, r"rope: model.width=16 / model.heads=8 must be a multiple of 4"),
         ("dome", {"image_size": 0}, r"data.size=0 cannot be halved 3 times"),
         ("dome", {"image_size": 28}, r"data.size=28 cannot be halved 3 times"),
         ("unet", {"image_size": ImageSize(16, 27)}, r"data.size=27x16 cannot be halved"),
@@ -96,77 +89,94 @@ def test_impossible_networks_are_refused(kind: str, changes: dict[str, Any], mes
         build(kind, **changes)
 
 
+ZERO = {"unet": ("conv2.", "to_out.", "conv_out."), "dit": ("modulation.", "output.")}
+"""Layers that begin at zero, so that a residual block begins as the identity and the output as zero."""
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_initial_weights_are_the_papers(kind: str) -> None:
+    """Uniform by fans, Ho et al.'s and DiT's, where q, k and v are one matrix; DiT's embeddings are normal."""
+    torch.manual_seed(0)
+    sizes = {"unet": {"channels": 32, "norm_groups": 32}, "dit": {"width": 64, "qk_norm": True, "num_classes": 5}}
+    network = networks.build(
+        kind, **{"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0, **SMALL[kind], **sizes[kind]}
+    )
+    for name, parameter in network.named_parameters():
+        if "norm" in name or "scale_" in name:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        elif name.endswith("bias") or any(part in name for part in ZERO[kind]):
+            assert torch.count_nonzero(parameter) == 0, name
+        elif kind == "dit" and name.startswith(("linear_", "class_embedding.")):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+        else:
+            fan_in, fan_out = parameter[0].numel(), parameter[:, 0].numel()
+            if name.startswith("patches."):
+                fan_out = len(parameter)
+            if kind == "dit" and ".to_" in name and ".to_out" not in name:
+                fan_out *= 3
+            limit = math.sqrt(6 / (fan_in + fan_out))
+            assert 0.98 * limit < parameter.abs().max() <= limit, name
+            assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
+
+
 @pytest.mark.parametrize("kind", SMALL)
-def test_other_sizes_than_built_for(kind: str) -> None:
-    x = torch.randn(2, 3, 8, 24)
-    output = build(kind)(x, torch.tensor([1.0, 2.0]))
-    assert output.shape == x.shape
-    assert output.isfinite().all()
+def test_wrong_inputs_are_refused(kind: str) -> None:
+    """Images of another size than it was built for are right."""
+    (x, t), network, with_classes = inputs(), build(kind), build(kind, num_classes=5)
+    output = network(x[..., ::2, :], t)
+    assert output.shape == (4, 3, 8, 16) and output.isfinite().all()
+    refused = [
+        (network, of_classes(0, 0, 0, 0), "num_classes"),
+        (with_classes, Condition(), "num_classes"),
+        (network, Condition(augmentation=torch.zeros(4, 2)), "augmentation_labels"),
+        # dome's has no such input.
+        *([(network, Condition(x_start=x), "self_conditioning")] if kind in TOLD else []),
+    ]
+    for asked, condition, message in refused:
+        with pytest.raises(ValueError, match=message):
+            asked(x, t, condition)
 
 
-@pytest.mark.parametrize("kind", TELLABLE)
-def test_dropout_acts_in_training_alone(kind: str) -> None:
-    network, (x, t) = build(kind), inputs()
-    with torch.no_grad():
-        assert (network(x, t) - network(x, t)).abs().max() > 0.01
-        network.eval()
-        assert torch.equal(network(x, t), network(x, t))
-
-
-@pytest.mark.parametrize("kind", TELLABLE)
-def test_lacking_estimate_and_augmentation_are_zero(kind: str) -> None:
-    network = build(kind, out_channels=6, self_conditioning=True, augmentation_labels=5).eval()
+@pytest.mark.parametrize("kind", TOLD)
+def test_networks_are_told_estimate_and_augmentation(kind: str) -> None:
+    """Without estimate and augmentation it is told zeros; dropout acts in training alone."""
+    network = build(kind, out_channels=6, **TELLS[kind], **OPTIONS[kind])
     x, t = inputs()
     none, ones = Condition(), torch.ones(4, 5)
     zero = Condition(x_start=torch.zeros_like(x), augmentation=torch.zeros(4, 5))
-    output = network(x, t, none)
-    assert output.shape == (4, 6, 16, 16)
-    assert torch.equal(network(x, t, zero), output)
-    for other in (zero._replace(x_start=x), zero._replace(augmentation=ones)):
-        assert (network(x, t, other) - output).abs().max() > 0.01
-    # Each image is told its own.
-    mixed = network(x, t, zero._replace(augmentation=ones * torch.tensor([[0.0], [1.0], [0.0], [1.0]])))
+    with torch.no_grad():
+        assert (network(x, t) - network(x, t)).abs().max() > 0.01
+        output = network.eval()(x, t, none)
+        assert output.shape == (4, 6, 16, 16)
+        assert torch.equal(network(x, t, zero), output)
+        for other in (zero._replace(x_start=x), zero._replace(augmentation=ones)):
+            assert (network(x, t, other) - output).abs().max() > 0.01
+        # Each image is told its own.
+        mixed = network(x, t, zero._replace(augmentation=ones * torch.tensor([[0.0], [1.0], [0.0], [1.0]])))
     torch.testing.assert_close(mixed[[0, 2]], output[[0, 2]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_weight_has_a_part_and_a_gradient(kind: str) -> None:
+    """Also when it gets neither an estimate nor augmentation: DDP waits for one that has none."""
+    network = build(kind, num_classes=3, **TELLS[kind], **({"uncertainty": True} if kind == "edm2" else {}))
+    x, t = inputs()
+    network(x, t, of_classes(0, 1, 0, 2)).square().mean().backward()
+    learnt = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert all(parameter.grad is not None for parameter in learnt.values())
+    assert {name.partition(".")[0] for name in learnt} == {*NETWORKS[kind].parts.split()}
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_null_class_is_one_more(kind: str) -> None:
     plain, network = build(kind, num_classes=3).eval(), build(kind, num_classes=3, null_class=True).eval()
     x, t = inputs()
-    wide = [
-        one for one, other in zip(network.parameters(), plain.parameters(), strict=True) if one.shape != other.shape
-    ]
-    assert [sorted(parameter.shape)[0] for parameter in wide] == [4]
-    outputs = torch.stack([network(x, t, Condition(torch.full((4,), label))) for label in range(4)])
+    three, four = (dict(each.named_parameters()) for each in (plain, network))
+    wider = [name for name in three if three[name].shape != four[name].shape]
+    assert wider == [name for name in three if name.startswith(OF_CLASSES)] != []
+    assert [sorted(four[name].shape)[0] for name in wider] == [4]
+    outputs = torch.stack([network(x, t, of_classes(*[label] * 4)) for label in range(4)])
     assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
-
-
-@pytest.mark.parametrize("kind", SMALL)
-def test_every_weight_has_a_gradient(kind: str) -> None:
-    """Also when it gets neither an estimate nor augmentation: DDP waits for one that has none."""
-    told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
-    network = build(kind, num_classes=2, **told, **({"uncertainty": True} if kind == "edm2" else {}))
-    x, t = inputs()
-    network(x, t, Condition(torch.tensor([0, 1, 0, 1]))).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
-
-
-@pytest.mark.parametrize("kind", SMALL)
-def test_wrong_inputs_are_refused(kind: str) -> None:
-    x, t = inputs()
-    network = build(kind)
-    for condition, message in (
-        (Condition(torch.tensor([0, 0, 0, 0])), "num_classes"),
-        (Condition(x_start=x), "self_conditioning"),
-        (Condition(augmentation=torch.zeros(4, 2)), "augmentation_labels"),
-    ):
-        if kind == "dome" and condition.x_start is not None:
-            # It has no such input.
-            continue
-        with pytest.raises(ValueError, match=message):
-            network(x, t, condition)
-    with pytest.raises(ValueError, match="num_classes"):
-        build(kind, num_classes=5)(x, t, Condition())
 
 
 def held_bytes(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -189,27 +199,22 @@ def held_bytes(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, i
 def test_recomputing_keeps_every_bit(kind: str) -> None:
     results = []
     for again in (False, True):
-        network = build(kind, gradient_checkpointing=again, num_classes=2)
+        network = build(kind, gradient_checkpointing=again, num_classes=2, **OPTIONS[kind])
         x, t = inputs()
-        condition = Condition(torch.tensor([0, 1, 0, 1]))
         torch.manual_seed(5)
-        output, held = held_bytes(network, lambda: network(x, t, condition))  # noqa: B023
+        output, held = held_bytes(network, lambda: network(x, t, of_classes(0, 1, 0, 1)))  # noqa: B023
         output.square().mean().backward()
-        results.append((output, {name: parameter.grad for name, parameter in network.named_parameters()}, held))
-    (output, gradients, held), (output_again, gradients_again, held_again) = results
-    assert torch.equal(output_again, output)
-    for name, gradient in gradients.items():
-        other = gradients_again[name]
-        assert (other is gradient is None) or torch.equal(other, gradient), name
+        results.append(([output, *(parameter.grad for parameter in network.parameters())], held))
+    (tensors, held), (tensors_again, held_again) = results
+    for one, other in zip(tensors, tensors_again, strict=True):
+        assert (one is other is None) or torch.equal(one, other)
     assert held_again < 0.5 * held
 
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_half_precision_agrees_with_float32(kind: str) -> None:
-    told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
-    network = build(kind, num_classes=3, **told).eval()
-    x, t = inputs()
-    condition = Condition(torch.tensor([0, 1, 2, 0]))
+    network = build(kind, num_classes=3, **TELLS[kind], **OPTIONS[kind]).eval()
+    (x, t), condition = inputs(), of_classes(0, 1, 2, 0)
     with torch.no_grad():
         expected = network(x, t, condition)
         network.to(memory_format=torch.channels_last)
@@ -226,8 +231,9 @@ def test_half_precision_agrees_with_float32(kind: str) -> None:
 @pytest.mark.parametrize("kind", SMALL)
 def test_no_pass_waits_for_the_device(kind: str) -> None:
     """On the meta device any look at a value raises."""
+    shape = {"image_size": 16, "in_channels": 3, "out_channels": 6, "num_classes": 3}
     with torch.device("meta"):
-        network = networks.build(kind, image_size=16, in_channels=3, out_channels=6, num_classes=3, **SMALL[kind])
+        network = networks.build(kind, **shape, **SMALL[kind], **OPTIONS[kind])
         x, t, labels = torch.empty(2, 3, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
     output = network(x, t, Condition(labels))
     output.sum().backward()
@@ -238,17 +244,14 @@ def test_no_pass_waits_for_the_device(kind: str) -> None:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", SMALL)
 def test_compiles_as_one_graph(kind: str, again: bool) -> None:
-    network = build(kind, num_classes=3, gradient_checkpointing=again, **({} if kind == "dome" else {"dropout": 0.0}))
+    options = OPTIONS[kind] | ({"dropout": 0.0} if kind in TOLD else {})
+    network = build(kind, num_classes=3, gradient_checkpointing=again, **options)
     twin = copy.deepcopy(network)
-    x, t = inputs()
-    condition = Condition(torch.tensor([0, 1, 2, 0]))
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    results = []
-    for each in (network, compiled):
-        output = each(x, t, condition)
+    outputs = [each(*inputs(), of_classes(0, 1, 2, 0)) for each in (network, compiled)]
+    for output in outputs:
         output.square().mean().backward()
-        results.append(output)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
         # Also the weights that EDM2 brings back in place.
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
