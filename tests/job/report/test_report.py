@@ -87,7 +87,7 @@ def test_another_network_differs_from_the_preset(walked):
 
 def test_pages_say_what_titles_of_grids_say(walked):
     """On a phone the titles within pictures are too small to read."""
-    said = "Drawn by ddim, 4 steps, with the same seeds in all grids, from the first on, of the classes coast, desert"
+    said = "Sampled by ddim, 4 steps, with the same seeds in all grids, from the first on, of the classes coast, desert"
     assert said in page_of(walked, "walk")
 
 
