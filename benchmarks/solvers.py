@@ -28,15 +28,7 @@ from ddpm import samplers
 from ddpm.grids import find_grid, make_grid, numbered_points
 from ddpm.model import Sampling, evaluations_of
 from ddpm.objective import Condition
-from ddpm.process import (
-    Point,
-    Process,
-    RectifiedFlow,
-    VariancePreserving,
-    cosine_schedule,
-    linear_schedule,
-    points_of,
-)
+from ddpm.process import Point, Process, RectifiedFlow, VariancePreserving, cosine_schedule, linear_schedule, points_of
 from ddpm.samplers import beginning
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress

@@ -29,8 +29,8 @@ from ddpm.image_size import ImageSize
 from job.exits import BadDataError, BadRequestError
 
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")
-# An error beyond 90 million pixels, instead of a warning: a file of kilobytes may decode to more than the memory.
-Image.MAX_IMAGE_PIXELS = 45_000_000
+PIXEL_LIMIT = 89_478_485
+"""Pillow's limit (a quarter of a gigabyte as RGB): a file of a few kilobytes may decode to more than the memory."""
 
 # Pillow would pass other formats to Ghostscript and other interpreters, which must not read strangers' files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
@@ -175,7 +175,11 @@ def are_grey(files: Iterable[bytes]) -> bool:
 def _opened(encoded: bytes) -> ImageFile.ImageFile:
     """Returns an image whose pixels are not decoded yet."""
     formats = (*_FORMATS, *_heif()) if encoded[4:8] == b"ftyp" else _FORMATS
-    return Image.open(io.BytesIO(encoded), formats=formats)
+    image = Image.open(io.BytesIO(encoded), formats=formats)
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
+    return image
 
 
 @functools.cache

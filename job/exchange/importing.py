@@ -13,15 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.interop import NoCounterpartError
-from job.config import (
-    LARGEST,
-    RunConfig,
-    draft,
-    is_free,
-    layered,
-    preset_names,
-    validated,
-)
+from job.config import LARGEST, RunConfig, draft, is_free, layered, preset_names, validated
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.data.reading.order import images_at_epoch

@@ -10,13 +10,7 @@ from job.data.reading.cache import ImageCache, open_cache
 from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
-from job.runs.run import (
-    SCORES_FIGURE,
-    denoising_key,
-    moment_of,
-    score_name,
-    title_of,
-)
+from job.runs.run import SCORES_FIGURE, denoising_key, moment_of, score_name, title_of
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
 from job.training.attempt import TrainingAttempt

@@ -20,11 +20,7 @@ from job.runs.checkpoints import Manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import Row, grid_events, read_rows
 from job.runs.retention import Retention, best_images_seen
-from job.runs.run import (
-    LOSS_FIGURE,
-    RunHandle,
-    moment_of,
-)
+from job.runs.run import LOSS_FIGURE, RunHandle, moment_of
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.training.tracking import Tracking
