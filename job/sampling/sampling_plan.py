@@ -62,6 +62,11 @@ RESAMPLINGS = 10
 """The number of Lugmayr et al. 2022."""
 STRENGTHS = {"img2img": 0.6, "invert": 1.0}
 """The default share of the steps of a mode."""
+PIECES_WANTED = 64
+"""The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
+SMALLEST_PIECE_IMAGES = 16
+LARGEST_PIECE_IMAGES = 256
+"""A killed process loses at most two pieces: one in upload, one half made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,13 +337,6 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
-
-
-PIECES_WANTED = 64
-"""The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
-SMALLEST_PIECE_IMAGES = 16
-LARGEST_PIECE_IMAGES = 256
-"""A killed process loses at most two pieces: one in upload, one half made."""
 
 
 def piece_images(count: int) -> int:
