@@ -53,10 +53,10 @@ randomness.training_noise, Objective.losses = training_noise, losses
 """
 HOLDS = """
 import hashlib
-restore = TrainingAttempt._restore
+resumes = TrainingAttempt._restore
 
 def held(attempt):
-    restore(attempt)
+    resumes(attempt)
     with open(f"{os.environ['HOLDS']}-{os.getpid()}", "w") as file:
         for group, named in attempt.state.tensors().items():
             tensors = b"".join(tensor.numpy().tobytes() for tensor in named.values())
