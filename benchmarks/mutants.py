@@ -5,9 +5,10 @@
 
 A mutant is the program with one change: another comparison, a negated condition, a number plus one, a call, an
 assignment, a `raise` or an argument left out, None returned. Coverage, which also counts child processes, names the
-tests that execute the changed lines; these run against the mutant, in this checkout, until one fails or hangs. With
-`--like` the same mutants are made again, and each one that was noticed before and is not now is printed: then the tests
-have become weaker, and the exit code is 1. Files change meanwhile, so run it at the root of a checkout of its own.
+tests that execute the changed lines; these run against the mutant, in this checkout, the fastest first, until one fails
+or hangs. With `--like` the mutants that were noticed before are made again, and each one that is not noticed now is
+printed: then the tests have become weaker, and the exit code is 1. Files change meanwhile, so run it at the root of a
+checkout of its own.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from coverage import CoverageData
 from job.progress import Progress
 
 ROOT = Path.cwd()
-SECONDS = 300
-"""Limit of the tests of a mutant."""
+SECONDS = 60
+"""Limit of the tests of a mutant, beside four times what they take without it."""
 PAIRS = (
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
     *((ast.Add, ast.Sub), (ast.Mult, ast.FloorDiv), (ast.And, ast.Or)),
@@ -47,14 +48,18 @@ OTHER = {ast.Div: ast.Mult, **dict(PAIRS), **{two: one for one, two in PAIRS}}
 """The operator that replaces an operator."""
 # Gives what a test executes its name, also in the processes that it starts.
 PLUGIN = """
-import os
+import os, time
 import coverage, pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     os.environ["DDPM_TEST"] = item.nodeid
     coverage.Coverage.current().switch_context(item.nodeid)
-    return (yield)
+    began = time.monotonic()
+    done = yield
+    with open(os.environ["DDPM_TIMES"], "a") as file:
+        print(item.nodeid, time.monotonic() - began, sep="\\t", file=file)
+    return done
 """
 CONFIGURATION = """
 [run]
@@ -84,33 +89,29 @@ def main() -> int:
     options = _options()
     paths = [path for subject in options.subjects for path in (sorted(subject.rglob("*.py")) or [subject])]
     mutants = [mutant for path in paths for mutant in mutants_of(str(path.resolve().relative_to(ROOT)))]
-    earlier = (
-        {Mutant(**each["mutant"]): each["test"] for each in json.loads(options.like.read_text())}
-        if options.like
-        else {}
-    )
-    if earlier:
+    if options.like:
+        earlier = {Mutant(**each["mutant"]) for each in json.loads(options.like.read_text()) if each["test"]}
         mutants = [mutant for mutant in mutants if mutant in earlier]
-        print(f"{len(mutants)} of {len(earlier)} mutants of {options.like} can be made again")
+        print(f"{len(mutants)} of {len(earlier)} mutants that died can be made again")
     else:
         mutants = random.Random(options.seed).sample(mutants, min(options.mutants, len(mutants)))
     words = [*options.tests, *(["-m", options.marks] if options.marks else [])]
-    executing = tests_by_line(words)
+    executing, seconds = tests_by_line(words)
     noticed: dict[Mutant, str] = {}
     with Progress("mutants", total=len(mutants), unit="mutants") as bar:
         for number, mutant in enumerate(mutants, start=1):
             with applied(mutant) as lines:
                 by_line = executing.get(mutant.path, {})
-                tests = sorted({test for line in lines for test in by_line.get(line, []) if test})
+                tests = {test: seconds[test] for line in lines for test in by_line.get(line, []) if test}
                 noticed[mutant] = failing(tests, words) if tests else ""
             bar.update(number)
     if options.json:
         found = [{"mutant": asdict(mutant), "test": test} for mutant, test in noticed.items()]
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     for mutant in (mutant for mutant, test in noticed.items() if not test):
-        print(f"{'WEAKER' if earlier.get(mutant) else 'lives'}: {mutant.path}: {mutant.before!r} -> {mutant.after!r}")
+        print(f"{'WEAKER' if options.like else 'lives'}: {mutant.path}: {mutant.before!r} -> {mutant.after!r}")
     print(f"{sum(map(bool, noticed.values()))} of {len(noticed)} mutants were noticed")
-    return int(any(earlier.get(mutant) and not test for mutant, test in noticed.items()))
+    return int(bool(options.like) and not all(noticed.values()))
 
 
 def mutants_of(path: str) -> list[Mutant]:
@@ -190,8 +191,11 @@ def _write(path: Path, content: bytes) -> None:
     Path(cache_from_source(str(path))).unlink(missing_ok=True)
 
 
-def tests_by_line(words: list[str]) -> dict[str, dict[int, list[str]]]:
-    """Runs the tests, all of which must pass; returns the names of those that execute a line, by file and line."""
+def tests_by_line(words: list[str]) -> tuple[dict[str, dict[int, list[str]]], dict[str, float]]:
+    """Runs the tests, all of which must pass.
+
+    Returns the names of those that execute a line, by file and line, and the seconds that each takes.
+    """
     with tempfile.TemporaryDirectory(prefix="ddpm-mutants-") as name:
         folder = Path(name)
         (folder / "named.py").write_text(PLUGIN)
@@ -201,7 +205,8 @@ def tests_by_line(words: list[str]) -> dict[str, dict[int, list[str]]]:
         hook = Path(sysconfig.get_paths()["purelib"], "ddpm_mutants.pth")
         hook.write_text("import coverage; coverage.process_startup()\n")
         try:
-            output = _pytest([*words, "-p", "named"], None, COVERAGE_PROCESS_START=str(configuration), PYTHONPATH=name)
+            variables = {"COVERAGE_PROCESS_START": str(configuration), "DDPM_TIMES": str(folder / "times")}
+            output = _pytest([*words, "-p", "named"], None, **variables, PYTHONPATH=name)
         finally:
             hook.unlink(missing_ok=True)
         if output is None or re.search(r"^(FAILED|ERROR)", output, re.MULTILINE):
@@ -209,14 +214,16 @@ def tests_by_line(words: list[str]) -> dict[str, dict[int, list[str]]]:
         subprocess.run([sys.executable, "-m", "coverage", "combine", "--rcfile", str(configuration), "-q"], check=True)
         data = CoverageData(str(folder / "data"))
         data.read()
-        return {str(Path(p).relative_to(ROOT)): data.contexts_by_lineno(p) for p in data.measured_files()}
+        times = dict(line.split("\t") for line in (folder / "times").read_text().splitlines())
+        by_line = {str(Path(p).relative_to(ROOT)): data.contexts_by_lineno(p) for p in data.measured_files()}
+        return by_line, {test: float(seconds) for test, seconds in times.items()}
 
 
-def failing(tests: list[str], words: list[str]) -> str:
-    """Returns the first of the tests that fails, or all if they hang; an empty text if they pass."""
+def failing(seconds: dict[str, float], words: list[str]) -> str:
+    """Returns the first of the tests (with their usual seconds) that fails; an empty text if they pass."""
     # Names with blanks or brackets of their own are words as they are.
     marks = words[words.index("-m") :] if "-m" in words else []
-    output = _pytest([*tests, "-x", *marks], SECONDS)
+    output = _pytest([*sorted(seconds, key=seconds.__getitem__), "-x", *marks], SECONDS + 4 * sum(seconds.values()))
     if output is None:
         return "they hang"
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
