@@ -114,7 +114,8 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in now if before.get(key) != now[key]}:
         others = differing.get("model.kind") or "; ".join(differing.values())
         fit = f"the weights of {changes['parent.run']} fit another network ({others})"
-        raise BadConfigError(f"{fit}: leave out these settings, or --from")
+        channels = f", or pack the images with --channels {theirs['data.channels']}" * ("data.channels" in differing)
+        raise BadConfigError(f"{fit}: leave out these settings, or --from{channels}")
     return config.updated(pinned)
 
 

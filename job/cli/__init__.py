@@ -91,7 +91,7 @@ def _parser(takes: Any, option: Option) -> Callable[[str], Any] | None:
 
     def matching(text: str) -> str:
         if text and not re.fullmatch(option.pattern, text):
-            raise BadRequestError(f"{option.flags[0]} {text!r} is not valid: {option.help}")
+            raise BadRequestError(f"{option.flags[0]} {text!r} is not valid; from its help: {option.help}")
         return text
 
     def file(text: str) -> Path:

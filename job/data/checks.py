@@ -153,9 +153,14 @@ def _in_shard(
         for row, found in enumerate(in_order(workers, problem, range(len(records)), _IMAGES_AHEAD)):
             damaged += filter(None, [found])
             bar.update(int(reader.starts[shard]) + row + 1)
-        between = f"{uri} differs from the index{', but all its images are intact' if records else ''}"
-        # In a truncated shard every image behind its end is damaged.
-        problems += damaged if is_whole else damaged[:1] or [f"{between}: {reader.remedy}"]
+        if damaged and not is_whole:
+            # In a truncated shard every image behind its end is damaged.
+            others = f"; damaged images of this shard: {len(damaged):,}" if damaged[1:] else ""
+            damaged = [damaged[0] + others]
+        elif not is_whole:
+            intact = ", but all its images are intact" if records else ""
+            damaged = [f"{uri} differs from the index{intact}: {reader.remedy}"]
+        problems += damaged
     path.unlink(missing_ok=True)
     return problems
 

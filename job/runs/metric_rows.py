@@ -93,19 +93,19 @@ class History:
             return []
         try:
             contents = [one.read(self._run) for one in (segment.rows, segment.events)]
-            _parsed(contents[0])
+            _parsed(contents[0], self._run.uri_of(segment.rows.key))
             return contents
         except BadDataError as error:
             self._damaged.add(segment.rows.key)
-            note(f"{self._run.uri_of(segment.rows.key)} stays by itself: {error}")
+            note(f"{error}; it stays by itself")
             return []
 
 
-def _parsed(lines: bytes) -> list[Row]:
+def _parsed(lines: bytes, uri: str) -> list[Row]:
     try:
         read = _LINES.validate_json(b"[%b]" % b",".join(lines.splitlines()))
     except ValidationError:
-        raise BadDataError("it holds no rows of this version") from None
+        raise BadDataError(f"{uri} holds no rows of this version") from None
     return [line.__dict__ | line.__pydantic_extra__ for line in read]
 
 
@@ -171,14 +171,18 @@ def _tensorboardx() -> ModuleType:
     return tensorboardX
 
 
-def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] = note) -> list[Row]:
+def _note_loss(problem: str) -> None:
+    note(f"going on without some rows of the metrics: {problem}")
+
+
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] = _note_loss) -> list[Row]:
     """Returns the rows of a checkpoint's metrics, in order; reports damaged objects to `warn`, and skips them."""
 
     def read(one: NamedObject) -> list[Row]:
         try:
-            return _parsed(one.read(run))
+            return _parsed(one.read(run), run.uri_of(one.key))
         except BadDataError as error:
-            warn(f"going on without the rows of {run.uri_of(one.key)}: {error}")
+            warn(str(error))
             return []
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
@@ -186,8 +190,8 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
         return [row for rows in pool.map(read, of_rows) for row in rows]
 
 
-def newest_rows(run: Store) -> tuple[Manifest | None, list[Row]]:
-    """Returns the manifest of the newest sound checkpoint, and its rows, for people; none without a checkpoint.
+def newest_rows(run: Store, warn: Callable[[str], None] = _note_loss) -> tuple[Manifest | None, list[Row]]:
+    """Returns the manifest of the newest sound checkpoint, and its rows, as `read_rows`; none without a checkpoint.
 
     Training may retire that checkpoint meanwhile, and delete segments that later ones have taken in: then it chooses
     again.
@@ -197,7 +201,7 @@ def newest_rows(run: Store) -> tuple[Manifest | None, list[Row]]:
         rows = read_rows(run, manifest.metrics, problems.append)
         if not problems or run.exists(manifest.ref.manifest_key):
             for problem in problems:
-                note(problem)
+                warn(problem)
             return manifest, rows
     return None, []
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import sys
 import traceback
 from collections import Counter
@@ -102,7 +103,7 @@ class OwnSampler:
         module_name, _, function_name = name.partition(":")
         # At the end of the path, so that a file of the working folder cannot replace a library.
         sys.path.append(str(Path.cwd()))
-        with _faults_of(name):
+        with _faults_of(name, "name a function of a module that is installed or lies in the working folder"):
             module = importlib.import_module(module_name)
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             return cls(name, getattr(module, function_name), sha256)
@@ -121,8 +122,9 @@ class OwnSampler:
         import torch
 
         # Taken before the call, which may change it.
-        shape = x.shape
-        with _faults_of(self.name):
+        shape, code = x.shape, getattr(inspect.unwrap(self.function), "__code__", None)
+        place = f"see {code.co_filename}, line {code.co_firstlineno}" if code else "see its module"
+        with _faults_of(self.name, place):
             made = self.function(denoise, x, points, noise_at)
             is_like_x = isinstance(made, torch.Tensor) and made.shape == shape and made.is_floating_point()
             if not is_like_x or not made.isfinite().all():
@@ -132,8 +134,11 @@ class OwnSampler:
 
 
 @contextmanager
-def _faults_of(name: str) -> Iterator[None]:
-    """Turns any error of the user's code, also `SystemExit`, into one line; `ddpm -v` prints the traceback."""
+def _faults_of(name: str, otherwise: str) -> Iterator[None]:
+    """Turns any error of the user's code, also `SystemExit`, into one line with its place, else with `otherwise`.
+
+    `ddpm -v` prints the traceback.
+    """
     try:
         yield
     except BaseException as error:
@@ -145,9 +150,9 @@ def _faults_of(name: str) -> Iterator[None]:
         module = name.partition(":")[0]
         file = getattr(sys.modules.get(module), "__file__", "") or f"{module.rpartition('.')[2]}.py"
         frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).name == Path(file).name]
-        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else file
+        place = f"see {frames[-1].filename}, line {frames[-1].lineno}" if frames else otherwise
         said = " ".join("".join(traceback.format_exception_only(error)).split())
-        raise BadRequestError(f"--sampler {name}: {said:.500}; see {place}") from None
+        raise BadRequestError(f"--sampler {name}: {said:.500}; {place}") from None
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"

@@ -91,8 +91,8 @@ def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
         return load_index(bucket, f"{DATASETS}/{folder}")
     except MissingInputError:
         return "unfinished: pack it again, or delete it"
-    except BadDataError as error:
-        return str(error)
+    except BadDataError:
+        return "its index.json is damaged: restore it, or delete the dataset"
 
 
 def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:

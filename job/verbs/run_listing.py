@@ -163,6 +163,7 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
 
     Raises:
         MissingInputError: the bucket lacks a run, or they have too few rows in common.
+        BadDataError: the metrics of one are damaged.
         BadRequestError: they do not see the same images in the same order.
     """
     from rich.table import Table
@@ -202,8 +203,10 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
 
 def _rows(bucket: Store, name: str) -> dict[int, metric_rows.Row]:
     """Returns the merged rows of a run up to its newest checkpoint, by images seen."""
-    run = records.run_store(bucket, name)
-    manifest, rows = metric_rows.newest_rows(run)
+    problems = list[str]()
+    manifest, rows = metric_rows.newest_rows(records.run_store(bucket, name), problems.append)
+    if problems:
+        raise BadDataError(f"run {name!r} cannot be compared: {problems[0]}")
     if manifest is None:
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
     return {row["images_seen"]: row for row in metric_rows.merged(rows)}

@@ -255,6 +255,10 @@ def test_what_does_not_fit_is_one_line_and_begins_nothing(bucket):
         line = refused(child(bucket, *words.format(bucket=bucket).split(), of=""), code)
         assert all(part.format(bucket=bucket) in line for part in parts) and "secret" not in line, (words, line)
         assert sorted(path.name for path in (bucket / "runs").iterdir()) == ["walk"], words
+    images, grey = bucket.parent / "grey", ("grey", "--size", 16, "--channels", 1, "--bucket", bucket)
+    succeeded(ddpm_here("data", "pack", folder_of(images, [("1.png", png(1, 16, 16))]), *grey))
+    told = refused(child(bucket, dataset="grey"), 78)
+    assert "(data.channels: 3 → 1): leave out these settings, or --from, or pack the images with --channels 3" in told
     succeeded(child(bucket, "--epochs", 1))
     for words, part in (
         ({"of": "walk@3"}, "parent.epoch: the run has 1, asked for 3"),

@@ -34,8 +34,8 @@ def bucket(tiles, tmp_path):
 
 
 def events_of(folder):
-    """All summaries in a folder of events, by tag."""
-    from tensorboardX.proto.event_pb2 import Event
+    """The summaries that TensorBoard shows of a folder, by tag: it forgets what lies behind the start of a session."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -44,6 +44,8 @@ def events_of(folder):
             length = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                found = {tag: [one for one in shown if one[0] < event.step] for tag, shown in found.items()}
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value))
     return found

@@ -153,6 +153,8 @@ def test_held_out_images_are_never_learnt(train, packed, capsys):
     assert "of at least 3" in refused(ddpm_here(*compare, "other", "--since-epoch", 2), 66)
     train("seeded", epochs=1, train__seed=1, **options)
     assert "train.seed: 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
+    max((packed / "runs/other/metrics").iterdir()).write_bytes(b"{}")
+    assert "'other' cannot be compared" in refused(ddpm_here(*compare, "other"), 65)
 
 
 EDM2_SIZES = {

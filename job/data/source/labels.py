@@ -273,10 +273,13 @@ def join_labels(table: Rows, images: Iterable[str], column: str = "") -> LabelTa
     named = {
         each.number: _joined(table, each.number, each.first in found[each.number], column) for each in matching[:1]
     }
+    is_sure = bool(matching) and _names_all(matching[0], found[matching[0].number], len(body), images)
     for each in matching[1:]:
         # Labels such as 7 are names of images, too, but of few; then several rows have one name.
         with suppress(RefusedError, BadRequestError):
-            named[each.number] = _joined(table, each.number, each.first in found[each.number], column)
+            joined = _joined(table, each.number, each.first in found[each.number], column)
+            if not is_sure or each.has_files or len(found[each.number]) >= each.distinct:
+                named[each.number] = joined
     if named and all(len({_stem(row[one]) for one in named if len(row) > one}) <= 1 for row in body):
         number, joined = next(iter(named.items()))
         titles = {each.number: str((table.header or table.cells[0])[each.number]) for each in columns if each.has_files}
@@ -311,6 +314,13 @@ class _Column(NamedTuple):
     distinct: int
     is_bare: bool
     has_files: bool
+
+
+def _names_all(column: _Column, found: set[str], rows: int, images: Sequence[str]) -> bool:
+    """Whether each row names a file or, together, all images: numbers such as ages name some others by chance."""
+    if len(found - {column.first}) < rows:
+        return False
+    return column.has_files or all(found.intersection(_names_of(image)[column.is_bare :: 2]) for image in images)
 
 
 def _stem(cell: object) -> str:

@@ -358,6 +358,8 @@ class Source:
         if is_image(member.name):
             return True
         suffix = Path(member.name).suffix.lower()
+        if member.name == self.table:
+            return False
         if not is_hidden(member.name):
             is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
             self.skipped[suffix if is_named else "other"] += 1

@@ -42,6 +42,7 @@ def rows(truth: Sequence[tuple[str, int]] = PLAIN, name: Callable[[str], str] = 
 SCRAMBLED = [(6 - number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
 BESIDE_ROOT = tuple((f"{'a/' * (number % 2)}{number // 2}.png", number % 3) for number in range(6))
 INDEXED_ROWS = [(6 - number, f"{number}.jpg", KINDS[kind]) for number, (_, kind) in enumerate(COUNTED)]
+AGED = [(number, 5 + number, KINDS[kind]) for number, (_, kind) in enumerate(COUNTED)]
 AGREEING = [(number, path, KINDS[kind]) for number, (path, kind) in enumerate(COUNTED)]
 
 TABLES = [
@@ -186,6 +187,15 @@ TABLES = [
     ),
     ("an index beside the names", COUNTED, "t.csv", table(SCRAMBLED, ("", "path", "label")), {}, 7),
     ("two columns that agree", COUNTED, "t.csv", table(AGREEING, ("id", "path", "label")), {"labels": ":label"}, 7),
+    ("ages that name some images", COUNTED, "t.csv", table(AGED, ("id", "age", "label")), {"labels": ":label"}, 7),
+    (
+        "ages, and an image more",
+        (*COUNTED, ("7.png", 0)),
+        "t.csv",
+        table(AGED, ("id", "age", "label")),
+        {"labels": ":label", "unlabelled": "drop"},
+        REFUSED,
+    ),
     (
         "a column twice",
         PLAIN,

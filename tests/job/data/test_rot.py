@@ -127,6 +127,9 @@ def test_verifying_names_damaged_objects(bucket, store, dataset, keys):
         with damaged(dataset, key, lambda data, theirs=theirs: theirs):
             if (found := blamed(store)) != [key]:
                 wrong["another dataset's", key] = found
+    with damaged(dataset, "shard-00000.tar", lambda data: bytes(len(data))):
+        (problem,) = verify_dataset(store, KEY)
+        assert problem.endswith(f"; damaged images of this shard: {load_index(store, KEY).shards.images[0]}")
     for key, is_named in (("shard-00099.tar", True), ("pieces/00099.json", False)):
         dataset.create(key, b"x")
         if (found := blamed(store)) != [key] * is_named:

@@ -130,7 +130,7 @@ def test_impossible_scores_are_refused(bucket, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "run_evaluation", None)
     assert "scores need 12" in refused(evaluating("--count", 5, "--extractor", "mobilenet"), Exit.BAD_REQUEST)
-    assert "--metrics 'kid,fidd' is not valid: Some of fid,kid," in refused(
+    assert "--metrics 'kid,fidd' is not valid; from its help: Some of fid,kid," in refused(
         evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST
     )
     assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)

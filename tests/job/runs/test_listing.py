@@ -15,7 +15,7 @@ from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import environment
 from tests.job.runs.leased import leased, write
 
-ROUND_TRIP_SECONDS = 0.02
+ROUND_TRIP_SECONDS = 0.3
 LIST = """
 import sys, time
 from job.verbs.run_listing import list_runs
@@ -59,26 +59,22 @@ def put_runs(bucket: str, folder, count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "seconds"), [(5, 30.0), (200, 1.0)])
-def test_many_runs_take_few_requests_at_once(gcs_server, gcs_bucket, tmp_path, count, seconds):
+@pytest.mark.parametrize("count", [5, 200])
+def test_many_runs_take_few_requests_at_once(gcs_server, gcs_bucket, tmp_path, count):
     put_runs(gcs_bucket, tmp_path, count)
     # The bucket may only be asked by another process: it would share the interpreter with the proxy.
-    took = []
     with FaultyProxy(gcs_server) as proxy:
         proxy.passed = lambda request: (time.sleep(ROUND_TRIP_SECONDS), request)[1]
-        for _ in range(3):
-            proxy.requests.clear()
-            done = subprocess.run(
-                [sys.executable, "-c", LIST, gcs_bucket],
-                env=environment(STORAGE_EMULATOR_HOST=proxy.url),
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            rows = done.stdout.splitlines()[1:]
-            assert len(rows) == count and all("48/96" in row.split() for row in rows)
-            # The names of the runs; then the status of each.
-            assert proxy.requests.total() == 1 + count
-            took.append(float(done.stderr.split()[0]))
-    # Of three, since others may use the processors: one after the other they would take four seconds.
-    assert min(took) < seconds, took
+        done = subprocess.run(
+            [sys.executable, "-c", LIST, gcs_bucket],
+            env=environment(STORAGE_EMULATOR_HOST=proxy.url),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        rows = done.stdout.splitlines()[1:]
+        assert len(rows) == count and all("48/96" in row.split() for row in rows)
+        # The names of the runs; then the status of each.
+        assert proxy.requests.total() == 1 + count
+    # One after the other they would take 60 seconds.
+    assert float(done.stderr.split()[0]) < 15

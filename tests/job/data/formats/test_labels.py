@@ -54,7 +54,7 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     assert labels_of(path) == [(name, str(dict(table)[name])) for name in sorted(names)]
     index = packed(tmp_path / "b", path)
     assert index.classes == tuple(map(str, sorted({label for _, label in table})))
-    assert index.classes_from == "labels"
+    assert (index.classes_from, index.skipped) == ("labels", {})
     # Its user has zipped the folder, and not what is in it; or has two of them.
     inner = [(f"edm/{name}", image) for name, image in (*files, ("dataset.json", content))]
     assert [label for _, label in labels_of(make(tmp_path / "inner.zip", inner))] == [
