@@ -57,7 +57,7 @@ def pytest_runtest_protocol(item, nextitem):
     coverage.Coverage.current().switch_context(item.nodeid)
     began = time.monotonic()
     done = yield
-    with open(os.environ["DDPM_TIMES"], "a") as file:
+    with open(os.environ["DDPM_TEST_TIMES"], "a") as file:
         print(item.nodeid, time.monotonic() - began, sep="\\t", file=file)
     return done
 """
@@ -205,7 +205,7 @@ def tests_by_line(words: list[str]) -> tuple[dict[str, dict[int, list[str]]], di
         hook = Path(sysconfig.get_paths()["purelib"], "ddpm_mutants.pth")
         hook.write_text("import coverage; coverage.process_startup()\n")
         try:
-            variables = {"COVERAGE_PROCESS_START": str(configuration), "DDPM_TIMES": str(folder / "times")}
+            variables = {"COVERAGE_PROCESS_START": str(configuration), "DDPM_TEST_TIMES": str(folder / "times")}
             output = _pytest([*words, "-p", "named"], None, **variables, PYTHONPATH=name)
         finally:
             hook.unlink(missing_ok=True)
