@@ -92,7 +92,7 @@ def _index_or_why(bucket: Store, folder: str) -> DatasetIndex | str:
     except MissingInputError:
         return "unfinished: pack it again, or delete it"
     except BadDataError:
-        return "its index.json is damaged: restore it, or delete the dataset"
+        return "its index.json is corrupt: restore it, or delete the dataset"
 
 
 def _told(bucket: Store, index: DatasetIndex) -> dict[str, Any]:
