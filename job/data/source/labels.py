@@ -317,10 +317,9 @@ class _Column(NamedTuple):
 
 
 def _names_all(column: _Column, found: set[str], rows: int, images: Sequence[str]) -> bool:
-    """Whether each row names a file or, together, all images: numbers such as ages name some others by chance."""
-    if len(found - {column.first}) < rows:
-        return False
-    return column.has_files or all(found.intersection(_names_of(image)[column.is_bare :: 2]) for image in images)
+    """Whether each row names an image of its own, and no image is left: ages name some others by chance."""
+    is_named = (not found.isdisjoint(_names_of(image)[column.is_bare :: 2]) for image in images)
+    return len(found - {column.first}) == rows and all(is_named)
 
 
 def _stem(cell: object) -> str:
