@@ -71,6 +71,8 @@ def seaweedfs(folder: Path) -> AbstractContextManager[str]:
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 256,
         "volume.max": 1000,
+        # As a share of the disk, it refuses all writes on a large disk of which gigabytes are free.
+        "volume.minFreeSpace": "100MiB",
         "s3": "true",
         "s3.config": folder / "keys.json",
         "s3.autoCreateBucket": "false",
