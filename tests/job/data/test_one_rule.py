@@ -197,6 +197,14 @@ TABLES = [
         REFUSED,
     ),
     (
+        "masks, and numbers of which one image is missing",
+        (*COUNTED[:-1], *((f"m{number}.png", kind) for number, (_, kind) in enumerate(COUNTED[::-1]))),
+        "t.csv",
+        table([(f"m{number}.png", number, label) for number, _, label in AGED], ("mask", "id", "label")),
+        {"labels": ":label", "unlabelled": "drop"},
+        REFUSED,
+    ),
+    (
         "a column twice",
         PLAIN,
         "t.csv",
