@@ -1,1 +1,0 @@
-"""Buckets as earlier versions wrote them, which every later one reads."""

@@ -1,1 +1,0 @@
-"""Jobs on a real Slurm, which `make test-slurm` runs."""
