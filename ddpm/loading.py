@@ -12,16 +12,21 @@ from torch import Tensor
 from ddpm import interop, networks
 from ddpm.catalogue import Diffusion, SampleOptions
 from ddpm.model import Model, Sampling
+from ddpm.networks.adapter import build_adapted
 from ddpm.process import Prediction, make_process
 from ddpm.threads import threads_of
 
 MOST_TIMESTEPS = 100_000
 """Limit of the timesteps of a process that is loaded."""
+NETWORK_JSON = "network.json"
+"""The file that describes a network of a user, in the place of `config.json`."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _SCHEDULER, _NAMES = "scheduler_config.json", "id2label.json"
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+def load(
+    folder: str | Path, device: str | torch.device | None = None, network: type[torch.nn.Module] | None = None
+) -> Model:
     """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
 
     It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`. The
@@ -30,6 +35,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     Args:
         folder: with `unet/config.json`, or `config.json`.
         device: None: the first GPU, if there is one.
+        network: the class of a network of a user, for a folder with its `network.json`.
 
     Raises:
         FileNotFoundError: the folder or its weights are missing.
@@ -41,6 +47,8 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: name one of diffusers, with unet/config.json in it")
+    if (root / NETWORK_JSON).is_file():
+        return _own_model(root, device, network)
     inner = next((inner for inner in (root / "unet", root) if (inner / _CONFIG).is_file()), None)
     if inner is None:
         raise ValueError(f"{root} is not a diffusers folder: neither unet/config.json nor config.json is in it")
@@ -52,7 +60,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
         # On "meta" no memory is allocated before the weights are known to fit.
         with torch.device("meta"):
-            network = networks.build("unet", **options)
+            unet = networks.build("unet", **options)
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
             tensors |= load_file(path)
@@ -61,7 +69,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         tensors = interop.with_names_of_today(tensors)
         # Copies, as a file that is written over later would change these weights.
         weights = {name: each.to(torch.float32, copy=True) for name, each in tensors.items()}
-        network.load_state_dict(weights, assign=True)
+        unet.load_state_dict(weights, assign=True)
         classes = _class_names(root / _NAMES, labels) if labels else ()
         if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
@@ -74,7 +82,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(
-        network=network.to(device).eval().requires_grad_(False),
+        network=unet.to(device).eval().requires_grad_(False),
         process=process,
         prediction=Prediction(diffusion.prediction),
         image_shape=shape,
@@ -85,6 +93,48 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         threads=threads_of(device),
         source=str(root),
     )
+
+
+def _own_model(root: Path, device: str | torch.device | None, kind: type[torch.nn.Module] | None) -> Model:
+    """Loads the model of a network of a user."""
+    from safetensors.torch import load_file
+
+    said = _json(root / NETWORK_JSON)
+    if kind is None:
+        raise ValueError(
+            f"{root} has a network of its own: name its class, as in load(folder, network={said['network']})"
+        )
+    shape, diffusion, count = tuple(said["image_shape"]), Diffusion(**_tuples(said["diffusion"])), said["num_classes"]
+    network = build_adapted(
+        kind,
+        said["settings"],
+        image_shape=shape,
+        num_classes=count + said["null_class"],
+        out_channels=shape[0] * (1 + diffusion.learns_variance),
+        augmentation_labels=said["augmentation_labels"],
+    )
+    tensors = {name: each for path in _weights(root) for name, each in load_file(path).items()}
+    if differing := tensors.keys() ^ dict(network.named_parameters()).keys():
+        raise ValueError(f"{root} cannot be loaded: {kind.__name__} and its weights differ in {min(differing)}")
+    # Buffers are no weights: the class makes them.
+    network.load_state_dict(tensors, strict=False)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(
+        network=network.to(device).eval().requires_grad_(False),
+        process=make_process(diffusion),
+        prediction=Prediction(diffusion.prediction, diffusion.sigma_data),
+        image_shape=shape,
+        sampling=Sampling(**_tuples(said["sampling"])),
+        classes=_class_names(root / _NAMES, count + said["null_class"]) if count else (),
+        null_class=said["null_class"],
+        diffusion=diffusion,
+        threads=threads_of(device),
+        source=str(root),
+    )
+
+
+def _tuples(said: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
 
 
 def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:

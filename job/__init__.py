@@ -1,15 +1,19 @@
 """The pipeline: datasets, runs and checkpoints in buckets, the command line, and the start and stop of jobs.
 
-`job.load("gs://my-bucket/runs/celeba").sample(16, seed=0)` samples from a run.
+`job.train("~/photos", size=64, epochs=20)` trains from Python, and `job.load("gs://my-bucket/runs/celeba").sample(16)`
+samples from a run. `job.python` has these functions.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from job.python import Run, evaluate, export, pack, sample, submit, train
     from job.sampling.painter import load_run
 
     __version__: str
     load = load_run
+
+__all__ = ["Run", "evaluate", "export", "load", "pack", "sample", "submit", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from job.sampling.painter import load_run
 
         return load_run
+    if name in __all__:
+        from job import python
+
+        return getattr(python, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

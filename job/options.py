@@ -127,6 +127,13 @@ Checkpoints = Annotated[
 ]
 Dataset = Annotated[str, Option("--dataset NAME", "Name of a packed dataset, such as celeba.")]
 DatasetName = Annotated[str, Option("NAME", "Name of the dataset, such as celeba.")]
+NetworkFile = Annotated[
+    str,
+    Option(
+        "--network FILE:CLASS",
+        "The run's own network: a class in a file, such as mynet.py:MyNet, or package.module:Class.",
+    ),
+]
 OnTarget = Annotated[str, Option("--on TARGET", "Where to run: local, container, or a name in the targets file.")]
 Preset = Annotated[
     str,
@@ -152,16 +159,11 @@ Targets = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """The options of each command that can be a job."""
+class Request:
+    """A dataclass of the options of a command."""
 
     command: ClassVar[tuple[str, ...]]
     """The words after `ddpm`, such as `("data", "pack")`; the last one is the verb."""
-    stop_after: str = option(
-        "--stop-after DURATION", "Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours."
-    )
-    bucket: BucketUri = ""
 
     def argv(self) -> tuple[str, ...]:
         """Returns the words after `ddpm`: command, arguments, then options that differ from their defaults.
@@ -188,6 +190,16 @@ class JobOptions:
         if any(word.startswith("-") for word in arguments):
             return (*self.command, *words, "--", *arguments)
         return (*self.command, *arguments, *words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(Request):
+    """The options of each command that can be a job."""
+
+    stop_after: str = option(
+        "--stop-after DURATION", "Save and exit with 75 after this time, such as 1h30m. For a job it sets --max-hours."
+    )
+    bucket: BucketUri = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,14 +53,14 @@ class Plan(RunHandle):
         return sound_manifest(self.run, max(list_checkpoints(self.run))) is not None
 
 
-_NETWORK = ("model.", "data.channels", "data.latents", "data.augment")
+_NETWORK = ("model.", "network.", "data.channels", "data.latents", "data.augment")
 _PROCESS = ("schedule", "timesteps", "prediction", "sigma_data", "variance", "self_conditioning")
 _MEANING = (*_NETWORK, *(f"diffusion.{key}" for key in _PROCESS))
 """The beginnings of keys that decide the meaning of weights."""
 _NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "model.gradient_checkpointing")
 """Those among them about no weight, or about the layers of classes alone, which a run can begin anew."""
 _SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
-_OF_PARENT = ("model.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
+_OF_PARENT = ("model.", "network.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
 """The beginnings of keys that a run takes from its parent."""
 _OWN = ("model.num_classes", "train.precision", "train.freeze")
 """Keys that it never takes."""
@@ -81,6 +81,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     changes = request.changes
     at, name = records.place_of_run(bucket, changes["parent.run"])
     parent, run = records.existing_config(at, name), records.run_store(at, name)
+    records.check_network_named(run, parent)
     images, batch_size, size = records.dataset_images_of(at, parent), parent.train.batch_size, parent.data.size
     (ref,) = choose(run, str(changes.get("parent.epoch", "latest")), images, batch_size)
     pinned: dict[str, Any] = {"parent.checkpoint": str(ref)}
@@ -149,7 +150,9 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
         BadRequestError: the run has another dataset, or none.
     """
     if stored is None:
-        return _begun(bucket, request) if request.from_ is not None else draft(request.preset_name(), request.changes)
+        if request.from_ is not None:
+            return _begun(bucket, request)
+        return draft(request.preset_name(), request.defaults | request.changes)
     if stored.data.dataset != request.dataset:
         theirs = f"has the dataset {stored.data.dataset!r}" if stored.data.dataset else "was imported without a dataset"
         remedy = "choose another --run" if stored.data.dataset else f"import it anew with --dataset {request.dataset}"
@@ -178,6 +181,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], 
     bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
+    if stored:
+        records.check_network_named(run, stored)
     config = _asked_for(bucket, request, run, stored)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     if stored is not None and index.size != stored.data.size:

@@ -20,6 +20,7 @@ from job.coordination.sealed import code_version
 from job.data.reading.cache import ImageCache, open_cache
 from job.exchange.exporting import Objects, check_strangers, open_target, write_folder
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.own_code import named_network
 from job.plan import follow_dataset
 from job.processes import compute
 from job.processes.ranks import meet
@@ -91,6 +92,7 @@ class Replay:
         """
         self.stop, self.of_run = stop, open_run(bucket_uri, name, stop)
         run, self.stored, index = self.of_run.run, self.of_run.stored, self.of_run.index
+        records.check_network_named(run, self.stored)
         if index is None:
             raise BadRequestError(f"{run.uri} was imported without a dataset, and has learnt nothing here")
         follow_dataset(self.stored, index)
@@ -189,7 +191,7 @@ class Replay:
         return {**paths, **small}, hashes
 
 
-def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool) -> None:
+def replay_run(bucket_uri: str, name: str, image: int, to: str, network: str = "", *, verify: bool) -> None:
     """Prints the SHA-256 of each file of the state of a run at an image; writes the files into a folder, if given.
 
     Args:
@@ -197,6 +199,7 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
         name: the run.
         image: number of images seen, a multiple of the batch size.
         to: a new or empty folder, as a path or a URI; empty for none.
+        network: the run's own network, if it has one; see `named_network`.
         verify: begin before a checkpoint of that moment, and compare with it.
 
     Raises:
@@ -206,6 +209,8 @@ def replay_run(bucket_uri: str, name: str, image: int, to: str, *, verify: bool)
         StoppedError: a signal came; nothing was written.
     """
     stop = Stop().install()
+    if network:
+        named_network(network, bucket_uri)
     replay = Replay(bucket_uri, name, stop)
     run, newest, batch_size = replay.of_run.run, replay.newest.images_seen, replay.batch_size
     if image % batch_size or image > newest:

@@ -18,9 +18,11 @@ from job.options import (
     Checkpoints,
     Dataset,
     LaunchedOptions,
+    NetworkFile,
     OnTarget,
     Option,
     Preset,
+    Request,
     RunOption,
     Sets,
     SettingsFile,
@@ -29,6 +31,7 @@ from job.options import (
     Targets,
     option,
 )
+from job.own_code import named_network
 
 GIF_SEEDS = 12
 """The largest number of images in a GIF."""
@@ -66,6 +69,8 @@ class TrainRequest(LaunchedOptions):
         ddpm train --dataset mine --epochs 200 --set train.batch_size=64
 
         ddpm train --dataset mine --epochs 20 --from celeba@490 --set train.learning_rate=2e-5
+
+        ddpm train --dataset mine --run wide --network mynet.py:MyNet --set network.width=96
     """
 
     command = ("train",)
@@ -80,6 +85,7 @@ class TrainRequest(LaunchedOptions):
     )
     weights: str = option("--weights NAME", "For --from: ema, ema-STD, model. Default: ema.")
     preset: Preset = ""
+    network: NetworkFile = ""
     sets: Sets = ()
     config_file: SettingsFile = None
     tracker: str = option("--tracker NAME", "Also send the metrics to wandb or mlflow; none: stop sending.")
@@ -89,6 +95,8 @@ class TrainRequest(LaunchedOptions):
     )
     changes: dict[str, Any] = field(default_factory=dict)
     """The settings of a checked request that differ from its preset, by key."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Those of a network of the user in a new run, by key."""
 
     def check(self) -> Self:
         """Returns the request with its run named and its changes parsed.
@@ -102,11 +110,16 @@ class TrainRequest(LaunchedOptions):
 
         validated_dataset_name(self.dataset)
         run = validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
-        changes = read_config_file(self.config_file) | parse_sets(self.sets)
+        changes, defaults = read_config_file(self.config_file) | parse_sets(self.sets), dict[str, Any]()
         if self.epochs is not None:
             changes["train.epochs"] = self.epochs
         if self.tracker:
             changes["log.tracker"] = self.tracker
+        if self.network:
+            own = named_network(self.network, self.bucket)
+            changes, defaults = changes | own.section(changes), own.defaults
+        elif unknown := [key for key in changes if key.startswith("network.")]:
+            raise BadConfigError(f"{unknown[0]} is a setting of a network of yours: name it by --network FILE:CLASS")
         changes |= (parent := self._parent())
         if parent.get("parent.run") == run:
             raise BadRequestError(
@@ -114,8 +127,8 @@ class TrainRequest(LaunchedOptions):
             )
         if not parent:
             # Otherwise a setting may be one of the parent's network, which is not known yet.
-            draft(self.preset_name(), changes)
-        return replace(self, run=run, changes=changes)
+            draft(self.preset_name(), defaults | changes)
+        return replace(self, run=run, changes=changes, defaults=defaults)
 
     def preset_name(self, default: str | None = None) -> str:
         """Returns the preset of the option, else the one named like the dataset, else the default."""
@@ -204,6 +217,7 @@ class SampleRequest(LaunchedOptions):
     save: str = option(
         "--save KIND", "Format for --count: shards (tar files; the default) or png.", choices=("shards", "png")
     )
+    network: NetworkFile = ""
     slice: SliceOption = ""
     first_seed: int | None = option(
         "--first-seed K", "Seed of the first image for --count. Default: 0.", None, min=0, max=10**17
@@ -248,6 +262,8 @@ class SampleRequest(LaunchedOptions):
         from job.runs.records import validated_run_name
 
         validated_run_name(self.run)
+        if self.network:
+            named_network(self.network, self.bucket)
         try:
             SampleConfig(**self.keys)
         except ValidationError as error:
@@ -316,8 +332,8 @@ class EvaluateRequest(SampleRequest):
 
     command = ("evaluate",)
     option_names: ClassVar = (
-        "run checkpoints count metrics extractor extractor_file references repeats chosen classes batch_size slice "
-        "processes hang_after_seconds stop_after bucket"
+        "run checkpoints count metrics extractor extractor_file references repeats chosen classes batch_size network "
+        "slice processes hang_after_seconds stop_after bucket"
     )
     count: int | None = option("--count IMAGES", "Samples to score, per checkpoint.", None, min=1, max=1_000_000)
     """None: `COUNT` or `CPU_COUNT` of `job.evaluation.evaluation_plan`."""
@@ -394,9 +410,10 @@ JobRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest | Enco
 
 
 @dataclass(frozen=True)
-class SubmitRequest:
+class SubmitRequest(Request):
     """The options of `ddpm submit`: where a command becomes a job, and on which machines."""
 
+    command = ()
     on: OnTarget = "local"
     gpus: int | None = option("--gpus N", "GPUs per machine. Default: the target's.", None, min=0, max=64)
     nodes: int = option("--nodes N", "Number of machines that train together.", 1, min=1, max=1000)
@@ -466,7 +483,7 @@ class ImportRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest:
+class ExportRequest(Request):
     """Write a checkpoint for diffusers, or push it to the hub.
 
     Every checkpoint of a unet is a folder for diffusers already, with the settings of its run and the names of its
@@ -483,6 +500,7 @@ class ExportRequest:
         ddpm export --run celeba --checkpoint 490 --push my-name/celeba
     """
 
+    command = ("export",)
     run: RunOption
     to: str = option("--to DIR|URI", "New or empty folder; a path or a URI.")
     push: str = option(

@@ -17,6 +17,7 @@ from job.options import (
     Checkpoints,
     Dataset,
     DatasetName,
+    NetworkFile,
     OnTarget,
     Option,
     Preset,
@@ -191,6 +192,7 @@ def replay(
     verify: Annotated[
         bool, Option("--verify", "Begin before the checkpoint at N, and compare with it; 65 if they differ.")
     ] = False,
+    network: NetworkFile = "",
     bucket: BucketUri = "",
 ) -> None:
     """Recompute the state of a run after N images.

@@ -49,6 +49,9 @@ CHOSEN_ELSEWHERE = {
     "data.latents": "--dataset NAME",
     "data.classes": "ddpm import",
     "data.order": "the program",
+    **dict.fromkeys(
+        ("network", "model.file", "model.network", "model.sha256", "model.inputs"), "--network FILE.py:CLASS"
+    ),
     **{key: "ddpm sample --autoguidance [RUN@]EPOCH" for key in settings() if "autoguidance" in key},
     "sample.autoguidance_weights": "ddpm sample --autoguidance-weights NAME",
     **{key: "--from RUN[@EPOCH] and --weights" for key in settings() if key.startswith("parent.")},
@@ -140,6 +143,8 @@ def _preset(name: str) -> dict[str, Any]:
 
 def description_of(key: str) -> str:
     """Returns the description of a dotted key."""
+    if key.startswith("network."):
+        return "setting of the run's own network"
     return next(part for part in settings()[key].metadata if isinstance(part, str))
 
 
@@ -151,6 +156,8 @@ def known_keys() -> list[str]:
 def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
     keys = known_keys()
     for key in flat:
+        if key.startswith("network."):
+            continue
         if key in CHOSEN_ELSEWHERE:
             raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
         if key not in keys:

@@ -13,11 +13,14 @@ from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction, Profile
 from ddpm.model import Sampling
 from ddpm.networks import memory_format_of
-from ddpm.objective import Objective
+from ddpm.networks.adapter import build_adapted, check_adapted
+from ddpm.objective import Condition, Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from job.config import RunConfig
-from job.config.schema import SamplerConfig
+from job.config.schema import OwnSection, SamplerConfig
+from job.exits import BadConfigError
+from job.own_code import network_named
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -31,6 +34,8 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         seed = int(hashlib.sha256(f"{seed} {parent} {config.data.dataset_id}".encode()).hexdigest()[:16], 16)
     torch.manual_seed(seed)
     model, diffusion, (channels, *_) = config.model, config.diffusion, config.image_shape
+    if isinstance(model, OwnSection):
+        return _own_network(config, model, device)
     options = asdict(model) | {"num_classes": model.num_classes or 0}
     del options["label_dropout"]
     network = networks.build(
@@ -43,6 +48,47 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         **options,
     )
     return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
+
+
+def _own_network(config: RunConfig, model: OwnSection, device: torch.device) -> nn.Module:
+    """Builds the network of a user.
+
+    Raises:
+        BadRequestError: no command named its file, or its code raises an error.
+    """
+    own, (channels, *_) = network_named(model.sha256, model.file, model.network), config.image_shape
+    with own.faults():
+        network = build_adapted(
+            own.load(),
+            config.network,
+            image_shape=config.image_shape,
+            num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
+            out_channels=channels * (1 + config.diffusion.learns_variance),
+            augmentation_labels=settings_of(config).augmentation.labels,
+        )
+        return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
+
+
+def check_own_network(network: nn.Module, config: RunConfig) -> None:
+    """Checks that a network of the user can train as others do; see `check_adapted`.
+
+    Raises:
+        BadRequestError: it cannot, or its code raises an error.
+        BadConfigError: it has no such part to freeze.
+    """
+    model, (channels, *_), augmentation = config.model, config.image_shape, settings_of(config).augmentation
+    assert isinstance(model, OwnSection)
+    device = next(network.parameters()).device
+    condition = Condition(
+        torch.zeros(2, dtype=torch.int64, device=device) if model.num_classes else None,
+        torch.zeros(2, *config.image_shape, device=device) if config.diffusion.self_conditioning else None,
+        torch.zeros(2, augmentation.labels, device=device) if augmentation.labels else None,
+    )
+    own, names = network_named(model.sha256, model.file, model.network), dict(network.named_parameters())
+    if unknown := [part for part in config.train.freeze if not any(name.startswith(part) for name in names)]:
+        raise BadConfigError(f"train.freeze: {model.network} has no parameter that begins with {unknown[0]!r:.100}")
+    with own.faults():
+        check_adapted(network, config.image_shape, channels * (1 + config.diffusion.learns_variance), condition)
 
 
 def process_of(config: RunConfig) -> Process:

@@ -148,7 +148,26 @@ class DomeUNetSection(ConfigSection, catalogue.DomeUNetConfig):
     """The U-Net of dome272 and ErenGurs."""
 
 
-Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection
+class OwnSection(ConfigSection, catalogue.NetworkConfig):
+    """A network of the user: a class in a file whose text lies with the run; the section `network` has its settings."""
+
+    kind: Literal["own"] = "own"
+    file: Annotated[str, "name of the file"] = ""
+    network: Annotated[str, "name of the class"] = ""
+    sha256: Annotated[str, "SHA-256 of the file"] = ""
+    inputs: Annotated[tuple[str, ...], "inputs of forward beside x and t"] = ()
+
+    def check(self) -> None:
+        """Raises ValueError without a file."""
+        if not self.sha256:
+            raise ValueError("model.kind=own is for a network of yours: name it by --network FILE.py:CLASS")
+        if self.num_classes and "labels" not in self.inputs:
+            raise ValueError(
+                f"forward of {self.network} takes no labels: add labels=None, or --set model.num_classes=0"
+            )
+
+
+Network = UNetSection | EDM2Section | DiTSection | DomeUNetSection | OwnSection
 NETWORKS: dict[str, type[Network]] = {kind.model_fields["kind"].default: kind for kind in get_args(Network)}
 
 
@@ -308,6 +327,7 @@ class RunConfig(ConfigSection):
     imported: Annotated[bool, "the run began with an imported checkpoint"] = False
     data: DataConfig = DataConfig()
     model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
+    network: Annotated[dict[str, Any], "settings of a network of yours: --set network.width=96"] = {}
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()
@@ -356,6 +376,10 @@ def network_takes_its_inputs(config: RunConfig) -> None:
     model, diffusion = config.model, config.diffusion
     if model.schedule not in ("", diffusion.schedule):
         raise ValueError(f"model.kind={model.kind} needs diffusion.schedule={model.schedule}, and a prediction for it")
+    if isinstance(model, OwnSection):
+        needed = {"x_start": diffusion.self_conditioning, "augmentation": config.data.augment}
+        if lacking := [name for name, needs in needed.items() if needs and name not in model.inputs]:
+            raise ValueError(f"forward of {model.network} takes no {lacking[0]}: add {lacking[0]}=None")
     if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
         raise ValueError(f"model.kind={model.kind} cannot take diffusion.self_conditioning and data.augment")
 
@@ -363,6 +387,9 @@ def network_takes_its_inputs(config: RunConfig) -> None:
 def something_is_learnt(config: RunConfig) -> None:
     """The frozen parts are some of the network's, and leave one to learn."""
     frozen, kind, parts = config.train.freeze, config.model.kind, config.model.parts.split()
+    if kind == "own":
+        # Its parts are known once it is built.
+        return
     if unknown := [name for name in frozen if not any(part.startswith(name) for part in parts)]:
         raise ValueError(f"train.freeze: model.kind={kind} has no part {unknown[0]!r:.100}, but {', '.join(parts)}")
     # Alone, these cannot learn an image.

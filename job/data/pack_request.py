@@ -217,6 +217,7 @@ class EnsureRequest(PackRequest):
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
 
+    command = ("data", "ensure")
     option_names: ClassVar = (
         "name source size channels pixel_range classes labels split unlabelled replaces on targets bucket"
     )

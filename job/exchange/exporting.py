@@ -9,11 +9,15 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 
+from ddpm.loading import NETWORK_JSON
+from job.config import method
+from job.config.schema import OwnSection
 from job.coordination.sealed import code_version
 from job.exits import (
     BadDataError,
@@ -58,7 +62,10 @@ def export_run(request: ExportRequest) -> None:
     hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
-    described = checkpoints.described(of_run.config, of_run.classes, has_code=True)
+    if isinstance(of_run.config.model, OwnSection):
+        described = _described_own(of_run)
+    else:
+        described = checkpoints.described(of_run.config, of_run.classes, has_code=True)
     if not described.objects:
         raise BadRequestError(f"run {request.run!r} cannot be exported to diffusers: {described.lacking}")
     target = open_target(request.to, of_run) if request.to else None
@@ -69,7 +76,7 @@ def export_run(request: ExportRequest) -> None:
             assert hub is not None
             uri = hub.push(objects, f"{request.run}, {words}", of_run.bucket.retry)
     print(f"{uri}  ({words})")
-    if described.lacking:
+    if described.lacking and not isinstance(of_run.config.model, OwnSection):
         note(f"without model_index.json: {described.lacking}; see {CARD}")
 
 
@@ -86,11 +93,14 @@ def _opened_export(
         label = of_run.label(ref.images_seen)
         with scratch_folder("export") as folder:
             paths = restore(run, ref, groups=(weights,), folder=folder).files[weights]
-            files = dict(zip(checkpoints.weights_names(len(paths)), paths, strict=True))
+            # The network of a user is none of diffusers.
+            drop = "unet/" * isinstance(config.model, OwnSection)
+            names = [name.removeprefix(drop) for name in checkpoints.weights_names(len(paths))]
+            files = dict(zip(names, paths, strict=True))
             small = dict(described.objects)
             last = {key: small.pop(key) for key in ("model_index.json",) if key in small}
             if len(files) > 1:
-                small[checkpoints.INDEX] = _index(files)
+                small[checkpoints.INDEX.removeprefix(drop)] = _index(files)
             with suppress(ObjectMissingError):
                 small[PICTURE] = run.read(replace(of_run, config=config).grid_key(ref.images_seen)).data
             if of_run.classes and last:
@@ -99,6 +109,36 @@ def _opened_export(
             small[CARD] = _card(of_run, ref, weights, small | last, **named).encode()
             size_bytes = sum(path.stat().st_size for path in paths)
             yield {**files, **small, **last}, f"{label}, weights {weights}, {size_bytes:,} bytes"
+
+
+def _described_own(of_run: RunHandle) -> checkpoints.Described:
+    """Returns the objects of a network of the user: its file, and all that `ddpm.load` needs beside it.
+
+    Raises:
+        BadDataError: the file in the bucket is missing, or is not that of the run.
+    """
+    config, key = of_run.config, ObjectKind.NETWORK.value
+    model, uri = config.model, of_run.run.uri_of(key)
+    assert isinstance(model, OwnSection)
+    try:
+        text = of_run.run.read(key).data
+    except ObjectMissingError:
+        text = b""
+    if sha256(text).hexdigest() != model.sha256:
+        raise BadDataError(f"{uri} is missing, or is not the network of the run: put its file {model.file} there")
+    said = {
+        "network": model.network,
+        "sha256": model.sha256,
+        "settings": config.network,
+        "image_shape": config.image_shape,
+        "num_classes": model.num_classes or 0,
+        "null_class": model.label_dropout > 0,
+        "augmentation_labels": method.settings_of(config).augmentation.labels,
+        "diffusion": asdict(config.diffusion),
+        "sampling": asdict(config.sample),
+    }
+    objects = {NETWORK_JSON: (json.dumps(said, indent=2) + "\n").encode(), key: text}
+    return checkpoints.Described(objects | checkpoints.of_run(config, of_run.classes), "it is a network of its own")
 
 
 def _index(files: dict[str, Path]) -> bytes:

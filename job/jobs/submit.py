@@ -24,6 +24,7 @@ from job.jobs.machines import gpus_of
 from job.jobs.spec import JobSpec, job_name
 from job.jobs.targets import BACKENDS, target_class, target_on
 from job.jobs.watch import Watch
+from job.own_code import keep_network, named_network
 from job.processes.group import GPUS, JOB
 from job.progress import note
 from job.requests import EvaluateRequest, JobRequest, SampleRequest, SubmitRequest, TrainRequest, check_world_size
@@ -73,6 +74,8 @@ def submit_command(request: JobRequest, how: SubmitRequest) -> None:
         print("\n".join([*plan_lines(spec, target), *outlook_lines(spec, target)]), flush=True)
         if not how.yes:
             _ask(spec)
+    if isinstance(request, TrainRequest | SampleRequest) and request.network:
+        keep_network(open_store(spec.bucket), named_network(request.network, spec.bucket))
     if how.watch:
         Watch(target, spec, Stop().install().sleep).run()
     elif target.is_remote or how.detach:
@@ -101,6 +104,8 @@ def spec_of(request: JobRequest, target: Target, how: SubmitRequest) -> JobSpec:
     request = replace(request, bucket=bucket)
     checked = request.check()
     request, reads = _adapted(request, checked, target, how)
+    if isinstance(request, TrainRequest | SampleRequest) and request.network:
+        request = replace(request, network=named_network(request.network, bucket).named)
     run, subject = ("", checked.name) if isinstance(checked, PackRequest | EncodeRequest) else (checked.run,) * 2
     # A container has exactly the requested GPUs.
     if target.is_in_place and not isinstance(request, PackRequest | EncodeRequest):

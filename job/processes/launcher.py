@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, state_after
+from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, StoppedError, state_after
 from job.processes.group import DRIVER, JOB, PLACES, Group
 from job.stop import (
     HEARTBEATS,
@@ -40,6 +40,9 @@ LAUNCHED = "DDPM_LAUNCHED"
 """The variable that holds the launcher's process id, in the ranks it started."""
 GATE = "DDPM_GATE"
 """The variable that holds the descriptor of a pipe, from which each rank gets a byte before it works."""
+
+ENDS_WITH = "DDPM_ENDS_WITH"
+"""The variable that holds the id of a process with whose end this program stops, as at SIGTERM."""
 
 HANG_SECONDS = 600.0
 """The default time without a heartbeat after which a rank counts as hung."""
@@ -89,11 +92,15 @@ def is_rank() -> bool:
 
 
 def attach() -> None:
-    """Ties this process to its launcher, if it has one; call it before anything that takes time.
+    """Ties this process to its launcher, or to the program that called it; call it before anything that takes time.
 
     The rank requests the parent-death signal itself. The launcher's Python code between fork and exec could deadlock
     on a lock that another thread held at the fork. `getppid` shows whether the launcher died before the request.
     """
+    if owner := os.environ.pop(ENDS_WITH, ""):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if str(os.getppid()) != owner:
+            raise StoppedError("stopped because the program that called it is gone; the same call begins again")
     if not is_launched():
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

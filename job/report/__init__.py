@@ -120,7 +120,10 @@ class Facts:
         """Returns the values that differ from the preset, by key: the preset's, and the run's."""
         config, left_out = self.config, (*CHOSEN_ELSEWHERE, *FOLLOWS)
         try:
-            theirs = draft(config.preset, {"model.kind": config.model.kind}).flat()
+            of_file = {
+                key: value for key, value in config.flat().items() if config.model.kind == "own" and key[:6] == "model."
+            }
+            theirs = draft(config.preset, {"model.kind": config.model.kind, **of_file}).flat()
             theirs["model.kind"] = draft(config.preset, {}).model.kind
         except JobError:
             return {}

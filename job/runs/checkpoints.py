@@ -453,12 +453,14 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
         lacking = str(error)
     version = {"_diffusers_version": FORMAT_VERSION}
     objects = {key: _json(dict(sorted((version | value).items()))) for key, value in values.items()}
-    if objects and classes:
-        objects[ID2LABEL] = _json({str(number): name for number, name in enumerate(classes)})
-    if objects:
-        without_names = config.data.model_copy(update={"classes": ()})
-        objects[RUN_CONFIG] = config.model_copy(update={"data": without_names}).to_yaml().encode()
-    return Described(objects, lacking)
+    return Described(objects and objects | of_run(config, classes), lacking)
+
+
+def of_run(config: RunConfig, classes: tuple[str, ...]) -> dict[str, bytes]:
+    """Returns the objects with the settings of a run and the names of its classes, by key."""
+    without_names = config.data.model_copy(update={"classes": ()})
+    settings = {RUN_CONFIG: config.model_copy(update={"data": without_names}).to_yaml().encode()}
+    return settings | ({ID2LABEL: _json({str(i): name for i, name in enumerate(classes)})} if classes else {})
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -53,6 +53,7 @@ class ObjectKind(Enum):
     """The kinds of objects in a run's folder, and their keys."""
 
     CONFIG = "config.yaml"  # resolved when the run began; never rewritten
+    NETWORK = "network.py"  # the file of a network of the user, for people; never executed
     LEASE = LEASE_KEY  # the attempt that may write to the run now
     STATUS = "status.json"  # the progress of the run, for people
     LATEST = "LATEST"  # the checkpoint of the last commit, a hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -16,10 +17,12 @@ import yaml
 from pydantic import Field
 
 from job.config import RunConfig, flatten, parse_yaml, validated
+from job.config.schema import OwnSection
 from job.coordination.sealed import SHA256_PATTERN, Moment, RecordPart, Sealed, code_version, utc_now
 from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError, State
-from job.progress import all_printable, note
+from job.own_code import network_named, other_network
+from job.progress import all_printable, note, printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, places_in
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_store, redacted
 from job.store.retry import PATIENCE_SECONDS
@@ -151,12 +154,38 @@ def dataset_images_of(bucket: Store, config: RunConfig) -> int:
     return MAX_IMAGES_SEEN + 1
 
 
+def check_network_named(run: Store, config: RunConfig) -> None:
+    """Checks that this process may execute the network of a run, if that is one of the user.
+
+    Raises:
+        BadRequestError: no command named it.
+        BadConfigError: the file that a command named differs; the message has the first lines that do.
+    """
+    model, ours = config.model, other_network()
+    if not isinstance(model, OwnSection) or (ours and ours.sha256 == model.sha256):
+        return
+    if ours:
+        with suppress(ObjectMissingError):
+            texts = (run.read(ObjectKind.NETWORK.value).data, ours.text)
+            before, after = (text.decode(errors="replace").splitlines() for text in texts)
+            lines = difflib.unified_diff(before, after, n=0, lineterm="")
+            changed = "; ".join(f"{line:.100}" for line in lines if not line.startswith(("---", "+++", "@@")))
+            raise BadConfigError(
+                f"{ours.path} is not the network that the run began with ({printable(changed):.500}): its file is "
+                f"{run.uri_of(ObjectKind.NETWORK.value)}; or start another run with --run NAME"
+            )
+    network_named(model.sha256, model.file, model.network)
+
+
 def create_config(run: Store, config: RunConfig) -> None:
-    """Stores a new run's configuration.
+    """Stores a new run's configuration, and before it the file of a network of the user.
 
     Raises:
         LostRunError: another attempt stored a different one first.
     """
+    if isinstance(config.model, OwnSection):
+        # One that an attempt before left behind may be of another network.
+        run.put(ObjectKind.NETWORK.value, network_named(config.model.sha256, "", "").text)
     try:
         run.create(CONFIG_KEY, config.to_yaml().encode())
     except ObjectExistsError:

@@ -23,6 +23,7 @@ from ddpm.threads import group_of, threads_of
 from job.config import RunConfig, method
 from job.data.latents import Decoder, load_decoder
 from job.exits import BadDataError, BadRequestError, NotANumberError, StoppedError
+from job.own_code import name_of
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import SampleRequest
@@ -355,7 +356,12 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
 
 
 def load_run(
-    run: str, *, epoch: int | None = None, weights: str | None = None, device: str | torch.device | None = None
+    run: str,
+    *,
+    epoch: int | None = None,
+    weights: str | None = None,
+    device: str | torch.device | None = None,
+    network: str | type[nn.Module] = "",
 ) -> Model:
     """Returns the model of a run, with every byte verified. It samples with the run's settings by default.
 
@@ -366,6 +372,7 @@ def load_run(
         epoch: the epoch of the checkpoint; None: the newest.
         weights: `ema`, `ema-STD` or `model`; None: those of the run's `sample.weights`.
         device: None: the first GPU, if there is one, else the CPU.
+        network: the run's own network, if it has one: `"mynet.py:MyNet"`, or the class.
 
     Raises:
         BadRequestError: `run` is not the folder of a run, or a library is missing.
@@ -377,7 +384,9 @@ def load_run(
     bucket, name = split_run(str(run))
     chosen = {"weights": weights} if weights else {}
     checkpoints = "latest" if epoch is None else str(epoch)
-    plan = plan_sampling(SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen).check())
+    named = network if isinstance(network, str) else name_of(network)
+    request = SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen, network=named)
+    plan = plan_sampling(request.check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.

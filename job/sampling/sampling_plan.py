@@ -17,9 +17,8 @@ import hashlib
 import importlib
 import inspect
 import sys
-import traceback
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -31,12 +30,14 @@ from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import WHOLE, Pieces, Slice
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, JobError, did_you_mean
+from job.exits import BadDataError, BadRequestError, did_you_mean
+from job.own_code import faults_of
 from job.processes.launcher import lost_peer
-from job.progress import detail, note
+from job.progress import note
 from job.requests import SampleRequest, parse_numbers
 from job.runs.checkpoints import load_manifest, lost_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.records import check_network_named
 from job.runs.run import (
     Editing,
     FoundGrid,
@@ -47,12 +48,12 @@ from job.runs.run import (
     named_piece,
     open_run,
 )
-from job.stop import NEVER, Stop, StopSignal
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import os_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -133,26 +134,11 @@ class OwnSampler:
             return made.detach().float()
 
 
-@contextmanager
-def _faults_of(name: str, otherwise: str) -> Iterator[None]:
-    """Turns any error of the user's code, also `SystemExit`, into one line with its place, else with `otherwise`.
-
-    `ddpm -v` prints the traceback.
-    """
-    try:
-        yield
-    except BaseException as error:
-        # The function may have caught an error of the program, such as a stop, and raised another one.
-        for each in (error, error.__context__):
-            if isinstance(each, JobError | StopSignal) or (each and lost_peer(each)):
-                raise each from None
-        detail("".join(traceback.format_exception(error)).rstrip)
-        module = name.partition(":")[0]
-        file = getattr(sys.modules.get(module), "__file__", "") or f"{module.rpartition('.')[2]}.py"
-        frames = [at for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).name == Path(file).name]
-        place = f"see {frames[-1].filename}, line {frames[-1].lineno}" if frames else otherwise
-        said = " ".join("".join(traceback.format_exception_only(error)).split())
-        raise BadRequestError(f"--sampler {name}: {said:.500}; {place}") from None
+def _faults_of(name: str, otherwise: str) -> AbstractContextManager[None]:
+    """Returns the context in which a sampler of the user runs."""
+    module = name.partition(":")[0]
+    file = getattr(sys.modules.get(module), "__file__", "") or f"{module.rpartition('.')[2]}.py"
+    return faults_of(f"--sampler {name}", Path(file), otherwise, lost_peer)
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
@@ -238,6 +224,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         raise BadRequestError("--autoguidance-weights needs --autoguidance [RUN@]EPOCH")
     custom_sampler = OwnSampler.load(request.custom_sampler) if request.custom_sampler else None
     worse = _worse(of_run, request, stop) if sample.autoguidance else None
+    check_network_named(of_run.run, of_run.stored)
     plan = SamplePlan(
         **vars(of_run),
         request=request,

@@ -125,7 +125,11 @@ class TrainingAttempt:
 
     def restore(self) -> None:
         """Makes the state of a new run, or restores it. Collective."""
-        self.state = method.initial_state(method.build_network(self.plan.config, self.ranks.device), self.plan.config)
+        config = self.plan.config
+        network = method.build_network(config, self.ranks.device)
+        self.state = method.initial_state(network, config)
+        if config.model.kind == "own":
+            method.check_own_network(network, config)
         self._restore()
 
     def begin(self, images: ImageCache, held_out: ImageCache | None = None) -> None:

@@ -149,6 +149,10 @@ def _check_config(listing: _Listing) -> None:
     try:
         if (config := records.load_config(run)) is not None:
             records.as_last_changed(run, config)
+            if sha256 := config.flat().get("model.sha256"):
+                # As if the configuration were a record that names the file.
+                key = ObjectKind.NETWORK.value
+                _check_object(listing, key, CONFIG_KEY, sha256)
     except BadDataError as error:
         key = ObjectKind.ATTEMPT.key(fence=records.attempt_fences(run)[-1]) if config else CONFIG_KEY
         listing.problems.setdefault(key, str(error))
