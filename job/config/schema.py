@@ -271,7 +271,8 @@ class SampleConfig(SamplerConfig):
 
     images: Annotated[int, Field(ge=1, le=10_000), "number of images in a sample grid"] = 64
     every_epochs: Annotated[
-        CountOrNone | None, "sample grid every N epochs; null: after 1, 2, 4, 8, …; 0: at the end alone"
+        CountOrNone | None,
+        "sample grid every N epochs; null: after 1, 2, 4, 8, … in a tenth of the time; 0: at the end alone",
     ] = None
     batch_size: Annotated[int, Field(ge=1, le=10_000), "images at once on each process"] = 64
     nearest: Annotated[bool, "show the nearest training image beside each sample"] = False

@@ -44,6 +44,12 @@ class Interludes:
         if chosen.every_epochs:
             self._evaluator = Evaluator(self._plan, attempt.ranks)
 
+    @property
+    def grid_images(self) -> int:
+        """The number of images in a grid before the last one: on a CPU a whole one may take longer than an epoch."""
+        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
+        return min(count, _EARLY_IMAGES) if on_cpu else count
+
     def lacks_value(self, name: str) -> bool:
         """Returns whether the newest checkpoint has no row of this moment with this value. Collective."""
         images_seen = self._state.images_seen
@@ -91,9 +97,7 @@ class Interludes:
         Raises:
             StoppedError: as for `validate`.
         """
-        count, on_cpu = self._config.sample.images, self._attempt.ranks.device.type == "cpu"
-        # On a CPU a whole grid may take longer than the epoch before it.
-        self._sample(range(min(count, _EARLY_IMAGES) if on_cpu else count))
+        self._sample(range(self.grid_images))
         self._attempt.on_main(Recorder.write_page)
 
     def finish(self) -> None:

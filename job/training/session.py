@@ -28,6 +28,7 @@ from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, build_accelerator
 from job.progress import Progress, note
 from job.requests import TrainRequest
+from job.runs.outlook import duration
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.attempt import TrainingAttempt
@@ -41,6 +42,9 @@ SLOW_FACTOR = 5
 """A step that takes this many times the usual time is slow."""
 SLOW_SECONDS = 10.0
 """Seconds lost in slow steps before the run reports them."""
+GRIDS_SHARE = 0.1
+"""The largest part of an attempt's time for sample grids, if nobody chose their epochs."""
+MEASURED_STEPS, SHORT_SECONDS = 100, 300.0
 
 
 def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
@@ -182,12 +186,17 @@ def due_at(images_seen: int, plan: Plan) -> Due:
 
 
 class Pace:
-    """Measures images per second between two rows of the log, and reports slow steps once."""
+    """Measures images per second between two rows of the log, and reports slow steps once.
+
+    Attributes:
+        paused_seconds: the time of work between steps.
+    """
 
     def __init__(self, batch_size_images: int, images_seen: int) -> None:
-        """Starts both clocks at the first step; `images_seen` is where this attempt begins."""
-        self._batch_size, self._logged_images = batch_size_images, images_seen
-        self._logged_at = self._step_began = time.monotonic()
+        """Starts all clocks at the first step; `images_seen` is where this attempt begins."""
+        self._batch_size, self._logged_images, self._first_image = batch_size_images, images_seen, images_seen
+        self._began = self._logged_at = self._step_began = time.monotonic()
+        self.paused_seconds = 0.0
         self._waited_seconds = self._best_images_per_second = self._lost_seconds = 0.0
 
     def images_per_second(self, images_seen: int) -> float:
@@ -198,6 +207,15 @@ class Pace:
         self._logged_at, self._logged_images = now, images_seen
         return rate
 
+    @property
+    def trained_seconds(self) -> float:
+        """The time of all steps so far."""
+        return time.monotonic() - self._began - self.paused_seconds
+
+    def seconds_for(self, images: float, images_seen: int) -> float:
+        """Returns the time that training takes for so many images, by all steps so far; 0 before the first."""
+        return images * self.trained_seconds / max(1, images_seen - self._first_image)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves work between two steps out of the rate and of the next step's time."""
@@ -205,6 +223,7 @@ class Pace:
         yield
         self._step_began = time.monotonic()
         self._logged_at += self._step_began - began
+        self.paused_seconds += self._step_began - began
 
     @contextmanager
     def waiting_for_images(self) -> Iterator[None]:
@@ -240,6 +259,8 @@ class TrainingSession(Loop):
         self.interludes = Interludes(attempt, self.agreement_in_step)
         self.bar = Progress("training", total=plan.target_images, start=self.state.images_seen)
         self.pace = Pace(self.batch_size, self.state.images_seen)
+        self._measured_at = self.state.images_seen + MEASURED_STEPS * self.batch_size
+        self._grid_seconds = list[float]()
 
     def train(self) -> None:
         """Runs the loop to the end of the run, or until all processes agree to stop, and commits everything.
@@ -302,8 +323,10 @@ class TrainingSession(Loop):
         # The checkpoint is queued first: images may never come, and sampling takes long.
         with self.pace.waiting_for_images():
             stopping = stopping or (starved and not self._can_all_begin(1))
-        if due.grid and not stopping:
-            stopping = self._is_stopped_in(self.interludes.sample_grid)
+        if due.grid and not stopping and self._has_time_for_grid():
+            stopping = self._is_stopped_in(self._sample_grid)
+        if state.images_seen == self._measured_at:
+            self._say_when_it_ends()
         if recorder is not None:
             recorder.show(self.bar)
         return stopping
@@ -320,8 +343,36 @@ class TrainingSession(Loop):
             self.saved_images = -1
         if due.save:
             self._save()
-        if due.grid and interludes.lacks_grid():
-            interludes.sample_grid()
+        if due.grid and interludes.lacks_grid() and self._has_time_for_grid():
+            self._sample_grid()
+
+    def _has_time_for_grid(self) -> bool:
+        """Returns whether the grids of this attempt, with one more, take a tenth of its time at most. Collective.
+
+        Those of epochs that a person chose take what they take. A pass without a gradient takes a third of one with it.
+        """
+        sample, pace = self.config.sample, self.pace
+        if sample.every_epochs is not None:
+            return True
+        passes = self.interludes.grid_images * sample.steps
+        next_seconds = (
+            self._grid_seconds[-1] if self._grid_seconds else pace.seconds_for(passes / 3, self.state.images_seen)
+        )
+        taken_seconds = sum(self._grid_seconds) + next_seconds
+        return self.attempt.on_main(lambda _: taken_seconds <= GRIDS_SHARE * pace.trained_seconds)
+
+    def _sample_grid(self) -> None:
+        began = time.monotonic()
+        self.interludes.sample_grid()
+        self._grid_seconds.append(time.monotonic() - began)
+
+    def _say_when_it_ends(self) -> None:
+        """Says how long the run takes from here, and what that costs, if it takes longer than anybody waits for."""
+        left_seconds = self.pace.seconds_for(self.plan.target_images - self.state.images_seen, self.state.images_seen)
+        if left_seconds > SHORT_SECONDS:
+            dollars = self.attempt.record.dollars_per_hour
+            cost = f", for about ${left_seconds / 3600 * dollars:,.2f}" if dollars is not None else ""
+            note(f"by the first {MEASURED_STEPS} steps the run ends in {duration(left_seconds / 3600)}{cost}")
 
     def _is_stopped_in(self, work: Callable[[], None]) -> bool:
         """Does work between two steps; returns whether a process was asked to stop meanwhile. Collective."""
