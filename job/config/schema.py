@@ -299,6 +299,8 @@ class LogConfig(ConfigSection):
     validate_epochs: Annotated[CountOrNone, "log val_loss every N epochs; 0: never"] = 1
     validate_images: Annotated[Count, "largest number of held-out images for val_loss"] = 2048
     tracker: Annotated[Literal["none", "wandb", "mlflow"], "service that also gets the metrics"] = "none"
+    project: Annotated[str, Field(min_length=1, max_length=128), "project of wandb, experiment of mlflow"] = "ddpm"
+    entity: Annotated[str | None, Field(max_length=128), "user or team of wandb; null: your own"] = None
 
 
 class ParentConfig(ConfigSection):

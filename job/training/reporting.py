@@ -104,6 +104,8 @@ class Recorder:
         """Queues a checkpoint of this moment."""
         self._shown = self._shown or loss_row(loss_sums)
         self.writer.save(self.images_seen, loss_sums.tolist())
+        if self.plan.config.log.tracker != "none":
+            self.writer.do_later(lambda run: self.tracking.committed())
 
     def show(self, bar: Progress) -> None:
         """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""

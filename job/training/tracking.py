@@ -1,7 +1,8 @@
 """Sends the rows of the metrics and the sample grids also to Weights & Biases or MLflow.
 
 They leave the bucket. A separate thread sends them, so that a service without an answer does not delay training.
-The rows in the bucket are the truth; the program does not send a row again that a tracker did not take.
+The rows in the bucket are the truth; the program does not send a row again that a tracker did not take, nor one that a
+killed attempt sent already.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import BytesIO
@@ -23,7 +25,6 @@ from job.progress import note
 from job.runs.metric_rows import Row, plain_settings
 from job.store.files import default_cache_dir
 
-PROJECT = "ddpm"
 CLOSE_SECONDS = 10.0
 """The longest time for the last rows at the end of a run."""
 
@@ -74,7 +75,10 @@ class Tracking:
 
     def __init__(self, config: RunConfig, name: str, run_uri: str) -> None:
         """Begins a tracked run, or resumes that of an earlier attempt, in a thread beside training."""
-        self._kind, self._is_taking = config.log.tracker, config.log.tracker != "none"
+        self._kind, self._is_taking, self._log = config.log.tracker, config.log.tracker != "none", config.log
+        self._rows_from = self._grids_from = 0
+        self._held: list[Callable[[], object]] | None = None
+        """What a service without a network gets once it is committed: it cannot say what an earlier attempt sent."""
         if self._is_taking:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
             # The thread that sends rows must also begin the run: MLflow ties a run to its thread.
@@ -85,11 +89,33 @@ class Tracking:
     def log(self, row: Row) -> None:
         """Sends a row, without waiting for the service."""
         numbers = {name: value for name, value in row.items() if value is not None and name != "images_seen"}
-        self._do(lambda: self._send(numbers, row["images_seen"]))
+
+        def send() -> None:
+            if row["images_seen"] >= self._rows_from:
+                self._send(numbers, row["images_seen"])
+
+        self._do(lambda: self._later(send))
 
     def log_grid(self, png: bytes, images_seen: int) -> None:
         """Sends a sample grid, without waiting for the service."""
-        self._do(lambda: self._send_grid(Image.open(BytesIO(png)), images_seen))
+
+        def send() -> None:
+            if images_seen >= self._grids_from:
+                self._send_grid(Image.open(BytesIO(png)), images_seen)
+
+        self._do(lambda: self._later(send))
+
+    def committed(self) -> None:
+        """Says that the bucket has a checkpoint with all rows so far."""
+        self._do(self._send_held)
+
+    def _later(self, send: Callable[[], object]) -> None:
+        send() if self._held is None else self._held.append(send)
+
+    def _send_held(self) -> None:
+        held, self._held = self._held or [], None if self._held is None else []
+        for send in held:
+            send()
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Ends the tracked run, if the service takes the last rows in that time or `CLOSE_SECONDS`."""
@@ -117,9 +143,15 @@ class Tracking:
         folder = os.environ.get("WANDB_DIR") or default_cache_dir() / "wandb"
         Path(folder).mkdir(parents=True, exist_ok=True)
         # wandb drops rows at old steps, so rows that a resumed run sends again do no harm.
-        known = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
-        run = wandb.init(project=PROJECT, id=known, name=name, resume="allow", dir=folder)
+        known, log = hashlib.sha256(run_uri.encode()).hexdigest()[:16], self._log
+        run = wandb.init(project=log.project, entity=log.entity, id=known, name=name, resume="allow", dir=folder)
         run.config.update(settings, allow_val_change=True)
+        if run.url:
+            note(f"wandb shows this run: {run.url}")
+            self._rows_from = self._grids_from = run.starting_step
+        else:
+            note(f"`wandb sync {Path(run.dir).parent}` sends this attempt's rows when there is a network")
+            self._held = []
         self._send = lambda numbers, step: run.log(numbers, step=step)
         self._send_grid = lambda grid, step: run.log({"samples": wandb.Image(grid)}, step=step)
         self._finish = run.finish
@@ -127,13 +159,22 @@ class Tracking:
     def _begin_mlflow(self, settings: dict[str, Any], name: str, run_uri: str) -> None:
         import mlflow
 
-        mlflow.set_experiment(PROJECT)
+        # Its other stores need a server, and a person who names a folder knows what it is.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        mlflow.set_experiment(self._log.project)
         query = f"tags.`ddpm.run` = '{run_uri}'"
         before = mlflow.search_runs(
-            experiment_names=[PROJECT], filter_string=query, max_results=1, output_format="list"
+            experiment_names=[self._log.project], filter_string=query, max_results=1, output_format="list"
         )
-        mlflow.start_run(before[0].info.run_id if before else None, run_name=name, tags={"ddpm.run": run_uri})
-        if not before:
+        run = mlflow.start_run(before[0].info.run_id if before else None, run_name=name, tags={"ddpm.run": run_uri})
+        note(f"mlflow has this run as {run.info.run_id} in {mlflow.get_tracking_uri()}")
+        if before:
+            client = mlflow.MlflowClient()
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "epoch")]
+            self._rows_from = max(steps, default=-1) + 1
+            pictures = " ".join(one.path for one in client.list_artifacts(run.info.run_id, "images"))
+            self._grids_from = max(map(int, re.findall(r"samples\Wstep\W(\d+)\W", pictures)), default=-1) + 1
+        else:
             # MLflow refuses a parameter whose value a later attempt changed.
             mlflow.log_params(settings)
         self._send = lambda numbers, step: mlflow.log_metrics(numbers, step=step)
