@@ -19,7 +19,7 @@ from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from job.config import RunConfig
 from job.config.schema import OwnSection, SamplerConfig
-from job.exits import BadConfigError
+from job.exits import BadConfigError, BadRequestError
 from job.own_code import network_named
 
 
@@ -87,6 +87,12 @@ def check_own_network(network: nn.Module, config: RunConfig) -> None:
     own, names = network_named(model.sha256, model.file, model.network), dict(network.named_parameters())
     if unknown := [part for part in config.train.freeze if not any(name.startswith(part) for name in names)]:
         raise BadConfigError(f"train.freeze: {model.network} has no parameter that begins with {unknown[0]!r:.100}")
+    torch.manual_seed(config.train.seed + 1)
+    others = dict(_own_network(config, model, device).named_buffers())
+    for name, buffer in network.named_buffers():
+        if not torch.equal(buffer, others[name]):
+            how = "checkpoints have no buffers: make it a parameter with requires_grad=False"
+            raise BadRequestError(f"{model.network} draws the buffer {name} at random, and {how}")
     with own.faults():
         check_adapted(network, config.image_shape, channels * (1 + config.diffusion.learns_variance), condition)
 
