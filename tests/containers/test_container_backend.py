@@ -69,9 +69,9 @@ def test_stopped_runs_have_undisturbed_weights(place):
     seen = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         child = subprocess.Popen(words, env=environment(), **PIPES)
-        eventually(lambda: child.poll() is not None or images_saved(run) > seen, 240)  # noqa: B023
+        eventually(lambda: child.poll() is not None or images_saved(run) > seen, 400)  # noqa: B023
         child.send_signal(number)
-        code, _, err = ended(child, 120)
+        code, _, err = ended(child, 400)
         assert code == 75, err
         assert "everything is saved, and the same command goes on from there" in err
         assert told(backend(), "train-stopped").state is State.STOPPED
@@ -86,7 +86,7 @@ def test_background_containers_are_confined_listed_and_cancelled(place):
     words = (*training("behind", place, 10_000), "--detach")
     assert "ddpm jobs logs train-behind --on container -f" in succeeded(submit(*words))
     assert "train-behind runs in a container already" in refused(submit(*words), 64)
-    eventually(lambda: images_saved(open_store(str(place)).sub("runs/behind")), 240)
+    eventually(lambda: images_saved(open_store(str(place)).sub("runs/behind")), 400)
     status = told(backend(), "train-behind")
     assert (status.state, status.attempts) == (State.RUNNING, 1)
     assert "train-behind" in succeeded(ddpm("jobs", "list", *HERE))
@@ -102,7 +102,7 @@ def test_background_containers_are_confined_listed_and_cancelled(place):
 
     with subprocess.Popen([DDPM, "jobs", "logs", "train-behind", *HERE, "-f"], env=environment(), **PIPES) as follower:
         succeeded(ddpm("jobs", "cancel", "train-behind", *HERE))
-        code, out, err = ended(follower, 120)
+        code, out, err = ended(follower, 400)
     assert (code, err) == (0, "")
     assert "everything is saved" in out
     status = told(backend(), "train-behind")

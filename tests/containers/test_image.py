@@ -89,7 +89,7 @@ def test_launcher_is_pid_1(packed):
     command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     assert command[1:3] == [b"/opt/ddpm/bin/ddpm", b"train"]
     ranks = Path(f"/proc/{pid}/task/{pid}/children")
-    eventually(lambda: ranks.read_text().split() and images_saved(run), 240)
+    eventually(lambda: ranks.read_text().split() and images_saved(run), 400)
     # A child whose parent ends at once becomes PID 1's, and is gone when it ends.
     before = set(ranks.read_text().split())
     podman("exec", name, "sh", "-c", "sleep 3 & exit 0")

@@ -27,7 +27,7 @@ from tests.servers import free_port
 NASTY = "a b'\"$(touch pwned);%j"
 """A folder whose name no shell may read."""
 NODES = ("n0", "n1")
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 400
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
