@@ -179,23 +179,6 @@ def test_destroying_leaves_the_buckets(place):
     assert place.calls() == []
 
 
-# All that a shell has: options, traps, folder, functions, aliases, open files, positional parameters, variables.
-STATE = {
-    "bash": r"""
-state() {
-  set +o; shopt -p; trap -p; pwd; declare -F; alias; echo "$#:$*"; echo /proc/$$/fd/*
-  declare -p | grep -vE '^declare -[^ ]* (_|PIPESTATUS|BASH_[A-Z]*|FUNCNAME|LINENO|S?RANDOM|SECONDS|EPOCH[A-Z]*)(=|$)'
-}
-""",
-    "zsh": r"""
-state() {
-  setopt; trap; pwd; echo /proc/$$/fd/*; print -l ${(ok)functions}; alias; echo "$#:$*"
-  typeset -p | grep -vE '^(typeset|export|integer|float)[^=]* (_|status|LINENO|RANDOM|SECONDS|EPOCH[A-Z]*|'\
-'TTYIDLE|funcstack|pipestatus|options|parameters|commands|historywords|history|jobdirs|jobstates|jobtexts|'\
-'functions[a-z_]*|ZSH_EVAL_CONTEXT|zsh_eval_context|COLUMNS|LINES|\?)(=|$)'
-}
-""",
-}
 SOURCING = """
 state "$@" >../before
 source ./setup.sh {words}; echo $? >../code
@@ -208,7 +191,8 @@ TWO = ["DDPM_BUCKET", "DDPM_TARGETS"]
 
 def sourced(place: Place, shell: str, words: str, first: str = "") -> tuple[list[str], str]:
     """Names of what a shell has other than before, and what was said."""
-    done = place.bash(STATE[shell] + first + SOURCING.format(words=words), "one", "two words", shell=shell)
+    state = Path(__file__).with_name(f"state.{shell}").read_text()
+    done = place.bash(state + first + SOURCING.format(words=words), "one", "two words", shell=shell)
     assert "still here" in done.stdout, done.stdout + done.stderr
     lines = [line[2:] for line in done.stdout.split("bye")[0].splitlines() if line[:2] in ("> ", "< ")]
     return sorted({line.split("=")[0].split()[-1] for line in lines}), done.stdout + done.stderr

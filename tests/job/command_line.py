@@ -82,7 +82,7 @@ def ddpm(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
 
 

@@ -28,38 +28,6 @@ NASTY = "a b'\"$(touch pwned);%j"
 """A folder whose name no shell may read."""
 NODES = ("n0", "n1")
 PATIENCE_SECONDS = 400
-CONFIGURATION = """
-ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-ReturnToService=2
-SlurmctldPort={port}
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/controller.pid
-SlurmdPidFile={folder}/%n.pid
-SlurmctldLogFile={folder}/controller.log
-SlurmdLogFile={folder}/%n.log
-# On a busy machine a save takes many seconds; what is killed after them is to be seen.
-KillWait=120
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,bf_interval=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-MailProg=/bin/true
-GresTypes=gpu
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={n0} CPUs=2 RealMemory=4000 Gres=gpu:a100:2 State=UNKNOWN
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=120
-PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=first Nodes=n0 State=UP PriorityTier=1
-PartitionName=short Nodes=ALL MaxTime=10 State=UP PriorityTier=1
-"""
 
 
 class Cluster:
@@ -71,7 +39,8 @@ class Cluster:
             (folder / name).mkdir()
         ports = {name: free_port() for name in ("port", *NODES)}
         host = socket.gethostname().partition(".")[0]
-        (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, **ports))
+        text = Path(__file__).with_name("slurm.conf").read_text()
+        (folder / "slurm.conf").write_text(text.format(host=host, folder=folder, **ports))
         # Slurm counts the files; that they are no GPUs, only a program would notice.
         for number in range(2):
             (folder / f"gpu{number}").touch()

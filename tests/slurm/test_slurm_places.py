@@ -18,32 +18,6 @@ from tests.servers import free_port
 from tests.slurm.conftest import until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900, func_only=True), pytest.mark.usefixtures("cluster", "folder")]
-SERVER = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {folder}/host_key
-AuthorizedKeysFile {folder}/key.pub
-PidFile none
-StrictModes no
-PermitRootLogin yes
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-SetEnv {variables} HOME={folder}
-"""
-CLIENT = """
-Host login
-  IdentityFile {folder}/key
-Host nobody
-  Port 9
-Host *
-  HostName 127.0.0.1
-  Port {port}
-  User root
-  IdentityFile {folder}/none
-  IdentitiesOnly yes
-  UserKnownHostsFile {folder}/known_hosts
-  StrictHostKeyChecking accept-new
-"""
 
 
 @pytest.fixture
@@ -52,8 +26,9 @@ def login_node(cluster, tmp_path, monkeypatch):
     port, said = free_port(), " ".join(f"{name}={value}" for name, value in cluster.variables.items())
     for name in ("host_key", "key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    (tmp_path / "sshd_config").write_text(SERVER.format(port=port, folder=tmp_path, variables=said))
-    (tmp_path / "ssh_config").write_text(CLIENT.format(port=port, folder=tmp_path))
+    for name in ("sshd_config", "ssh_config"):
+        text = Path(__file__).with_name(name).read_text()
+        (tmp_path / name).write_text(text.format(port=port, folder=tmp_path, variables=said))
     (tmp_path / ".bash_profile").write_text("echo welcome\n")
     (ssh := tmp_path / "bin/ssh").parent.mkdir()
     # The real one, with these settings for a person's own.
