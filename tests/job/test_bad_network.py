@@ -30,14 +30,16 @@ from job.training import session
 from job.training.session import TrainingSession, run_training
 from tests.faulty_proxy import Fault
 from tests.job.command_line import NETWORK, ddpm_here, refused, settings, started, succeeded
-from tests.job.launching import children, eventually
+from tests.job.launching import StopWhen, children, eventually
 from tests.job.packing import FILES
 from tests.job.some_images import zip_of
-from tests.job.stops import StopWhen
 
 EPOCHS, MANY_EPOCHS = 4, 100_000
 KEPT = {"checkpoint__every_epochs": "1", "checkpoint__keep_last": "2", "checkpoint__keep_every_epochs": "2"}
-SETTINGS = settings(**KEPT, sample__every_epochs="2", train__batch_size="20", log__every_images="20")
+# Every hour as well: a slow machine would otherwise save more often.
+SETTINGS = settings(
+    **KEPT, checkpoint__every_minutes="60", sample__every_epochs="2", train__batch_size="20", log__every_images="20"
+)
 """An epoch of 60 images has three steps; a checkpoint is due at its end."""
 on_gs = pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
 
@@ -235,8 +237,8 @@ def test_waiting_for_a_checkpoint_is_alive(proxy, remote_bucket, monkeypatch):
 def test_a_preemption_without_images_saves(proxy, remote_bucket, processes):
     """One process may have the images of the next step and the other not: none begins it, and all save."""
     _, run = pack_few(remote_bucket, shard_images=4)
-    # Five of fifteen shards fit into the cache, and only the first epoch ends with a checkpoint.
-    keys = "data.cache_gigabytes=0.00004 data.shuffle_block_images=8 train.batch_size=4 sample.every_epochs=0"
+    # Four of fifteen shards fit into the cache, and only the first epoch ends with a checkpoint.
+    keys = "data.cache_gigabytes=0.000042 data.shuffle_block_images=8 train.batch_size=4 sample.every_epochs=0"
     keys += " checkpoint.every_epochs=100000 checkpoint.keep_every_epochs=0 checkpoint.keep_epochs=1"
     child = started(*train_words(remote_bucket, MANY_EPOCHS, *keys.split()), "--processes", processes)
     eventually(lambda: saved(run) or child.poll() is not None, 120)
@@ -275,7 +277,8 @@ def test_images_that_do_not_come(tiles, tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "open_cache", lambda *words: Lacking(opened(*words)))
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    sets = [f"{key}={value}" for key, value in NETWORK.items()] + ["checkpoint.every_epochs=1", "sample.every_epochs=0"]
+    sets = [f"{key}={value}" for key, value in NETWORK.items()]
+    sets += ["checkpoint.every_epochs=1", "checkpoint.every_minutes=60", "sample.every_epochs=0"]
     plan = plan_run(TrainRequest("tiles", bucket=str(bucket), run="walk", epochs=3, sets=tuple(sets)).check())
     arrived = list[int]()
 
