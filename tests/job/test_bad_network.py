@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,10 +56,10 @@ def patient(bucket):
     return open_store(bucket, Retry(retry.AWAY_SECONDS))
 
 
-def pack_few(bucket, shard_images=12):
-    """Packs 60 images in small shards; the dataset's id, and the folder of the run to come."""
+def pack_few(bucket, images=None, shard_images=12):
+    """Packs 60 images, or an archive, in small shards; the dataset's id, and the folder of the run to come."""
     with TemporaryDirectory() as folder:
-        source, store = zip_of(Path(folder, "pets.zip"), FILES), patient(bucket)
+        source, store = images or zip_of(Path(folder, "pets.zip"), FILES), patient(bucket)
         packed = pack(store, PackRequest(str(source), "few", size=16), shard_images=shard_images)
     return packed.dataset_id, store.sub("runs/walk")
 
@@ -236,9 +237,9 @@ def test_waiting_for_a_checkpoint_is_alive(proxy, remote_bucket, monkeypatch):
 @pytest.mark.parametrize(("remote_bucket", "processes"), [("gs", 2), ("s3", 1)], indirect=["remote_bucket"])
 def test_a_preemption_without_images_saves(proxy, remote_bucket, processes):
     """One process may have the images of the next step and the other not: none begins it, and all save."""
-    _, run = pack_few(remote_bucket, shard_images=4)
-    # Four of fifteen shards fit into the cache, and only the first epoch ends with a checkpoint.
-    keys = "data.cache_gigabytes=0.000042 data.shuffle_block_images=8 train.batch_size=4 sample.every_epochs=0"
+    _, run = pack_few(remote_bucket, resources.files("job") / "datasets/landscape-sample.zip", shard_images=8)
+    # Not all shards fit into the cache, and only the first epoch ends with a checkpoint.
+    keys = "data.cache_gigabytes=0.00018 data.shuffle_block_images=32 train.batch_size=8 sample.every_epochs=0"
     keys += " checkpoint.every_epochs=100000 checkpoint.keep_every_epochs=0 checkpoint.keep_epochs=1"
     child = started(*train_words(remote_bucket, MANY_EPOCHS, *keys.split()), "--processes", processes)
     eventually(lambda: saved(run) or child.poll() is not None, 120)
