@@ -175,6 +175,7 @@ def test_training_goes_on_without_the_bucket(proxy, remote_bucket, monkeypatch, 
 @pytest.mark.slow
 @on_gs
 def test_a_long_outage_ends_training(proxy, remote_bucket, monkeypatch, at_step):
+    monkeypatch.setattr(lease, "RETRY_SECONDS", 0.5)
     _, run = pack_few(remote_bucket)
     at_step[4] = lambda: eventually(lambda: saved(run)) and proxy.refuse()
     done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="3")
