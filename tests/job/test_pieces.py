@@ -17,8 +17,7 @@ from job.coordination.pieces import Made, OtherWorkError, Pieces, Slice
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, Store, open_store
-from tests.job.leases import QUICK, by_somebody_elsewhere, taken
-from tests.job.stops import StopWhen
+from tests.job.launching import QUICK, StopWhen, by_somebody_elsewhere, taken
 
 COUNT = 12
 WORK = "a" * 64

@@ -30,7 +30,7 @@ from job.store.files import scratch_folder
 from job.training import reporting
 from job.training.session import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
-from tests.job.stops import StopWhen
+from tests.job.launching import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
 SMALL |= {"model.layers_per_level": "1"}

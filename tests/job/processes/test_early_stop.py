@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from tests.job.answering import metadata_server
 from tests.job.command_line import DDPM, environment
-from tests.job.metadata_server import metadata_server
 
 PACK = ("data", "pack", "landscape-sample", "mine", "--size", "16", "--bucket", "gs://nobody-there")
 WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")

@@ -17,10 +17,10 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import Store, open_store
 from tests.faulty_proxy import Fault
+from tests.job.answering import metadata_server
 from tests.job.command_line import ddpm, settings, started, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
-from tests.job.metadata_server import metadata_server
 from tests.job.processes.conftest import ON_AND_ON
 
 LIMIT_SECONDS = 10

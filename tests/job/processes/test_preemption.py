@@ -10,8 +10,8 @@ import pytest
 
 from job import stop as stop_module
 from job.stop import Stop
+from tests.job.answering import metadata_server
 from tests.job.launching import eventually
-from tests.job.metadata_server import metadata_server
 
 
 @pytest.fixture

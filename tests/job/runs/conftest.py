@@ -20,7 +20,7 @@ from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import MadeOnce
-from tests.job.leases import QUICK
+from tests.job.launching import QUICK
 from tests.job.runs.whole_runs import content_hash, train
 
 

@@ -14,7 +14,7 @@ from job.runs.layout import ObjectKind
 from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
 from job.runs.records import LastStatus
 from job.store import open_store
-from tests.job.leases import eventually
+from tests.job.launching import eventually
 from tests.job.runs.leased import leased
 
 pytestmark = pytest.mark.usefixtures("notes")

@@ -18,7 +18,7 @@ from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
-from tests.job.leases import Notes, by_somebody_elsewhere, eventually, record_in, taken
+from tests.job.launching import Notes, by_somebody_elsewhere, eventually, record_in, taken
 
 
 @pytest.fixture

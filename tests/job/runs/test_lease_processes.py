@@ -16,7 +16,7 @@ from job.coordination import lease as lease_module
 from job.coordination.lease import ProcessIdentity
 from job.exits import Exit, LostRunError
 from job.store import Store
-from tests.job.leases import QUICK, Notes, record_in, taken
+from tests.job.launching import QUICK, Notes, record_in, taken
 
 CHILD = """
 import json, sys

@@ -19,10 +19,9 @@ from job.store.local import LocalStore
 from job.verbs import upkeep
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.leases import taken
+from tests.job.launching import StopWhen, taken
 from tests.job.runs.leased import committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
-from tests.job.stops import StopWhen
 
 FENCE = 2
 BATCH = "samples/epoch-0001-ddim-4-0-8"

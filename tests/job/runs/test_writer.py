@@ -25,7 +25,7 @@ from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
-from tests.job.leases import eventually
+from tests.job.launching import eventually
 from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, live_tensors, save, small_config, writer_of
 
 pytestmark = pytest.mark.usefixtures("notes")

@@ -23,7 +23,7 @@ from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.stops import stop_after
+from tests.job.launching import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 BF16_LEVELS = 1.0
