@@ -177,50 +177,42 @@ ARCHIVES = ("a.zip", "a.tar", "a.tgz")
 ODD_KINDS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE)
 
 ROWS = [
-    *((name, [ONE, (out, b"x")], BAD, f"leads out of it, {out!r}") for name in ARCHIVES for out in LEADS_OUT),
-    *(
-        ("a.tar", header("l.jpg", k, link="/etc/passwd"), BAD, "'l.jpg', which is a link or a device")
-        for k in ODD_KINDS
-    ),
-    ("a.zip", flipped(SECRET, 6, SECRET.index(b"PK\x01\x02") + 8), BAD, "is encrypted, password required"),
-    ("a.zip", LYING, BAD, "'0.png' is truncated or damaged (Bad CRC-32"),
-    ("a.tar", header("1.jpg") + header("l", b"L", 8 << 30) + bytes(4096), BAD, "a block of 8,589,934,592 bytes"),
-    ("a.tar", header("1.jpg") + header("2.jpg", size=-1024) + bytes(4096), BAD, "a size of -1,024 bytes"),
-    ("a.tar", header("1.jpg") + header("x.txt", size=-1) + bytes(4096), BAD, "'x.txt', which has a size of -1 bytes"),
-    ("a.tar", header("1.jpg") + header("p", b"x", -(2**70)) + bytes(4096), BAD, f"a block of {-(2**70):,} bytes"),
-    ("a.tar", bytes(SPARSE), BAD, "is truncated or damaged"),
-    ("a.zip", flipped(TWO, TWO.index(jpeg(2)) + 300), BAD, "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32"),
+    *((name, [ONE, (out, b"x")], f"leads out of it, {out!r}") for name in ARCHIVES for out in LEADS_OUT),
+    *(("a.tar", header("l.jpg", k, link="/etc/passwd"), "'l.jpg', which is a link or a device") for k in ODD_KINDS),
+    ("a.zip", flipped(SECRET, 6, SECRET.index(b"PK\x01\x02") + 8), "is encrypted, password required"),
+    ("a.zip", LYING, "'0.png' is truncated or damaged (Bad CRC-32"),
+    ("a.tar", header("1.jpg") + header("l", b"L", 8 << 30) + bytes(4096), "a block of 8,589,934,592 bytes"),
+    ("a.tar", header("1.jpg") + header("2.jpg", size=-1024) + bytes(4096), "a size of -1,024 bytes"),
+    ("a.tar", header("1.jpg") + header("x.txt", size=-1) + bytes(4096), "'x.txt', which has a size of -1 bytes"),
+    ("a.tar", header("1.jpg") + header("p", b"x", -(2**70)) + bytes(4096), f"a block of {-(2**70):,} bytes"),
+    ("a.tar", bytes(SPARSE), "is truncated or damaged"),
+    ("a.zip", flipped(TWO, TWO.index(jpeg(2)) + 300), "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32"),
     # Behind the last entry.
-    ("a.tgz", lambda path: path.write_bytes(flipped(tar_of(path, FILES).read_bytes(), -6)), BAD, "CRC check failed"),
+    ("a.tgz", lambda path: path.write_bytes(flipped(tar_of(path, FILES).read_bytes(), -6)), "CRC check failed"),
     *(
-        ("a", content, BAD, "a is damaged, or not a .zip")
+        ("a", content, "a is damaged, or not a .zip")
         for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999))
     ),
-    ("joined.tar", 2 * tar_bytes(ONE), BAD, "holds more behind its end mark"),
-    ("zeros.tar", tar_bytes(ONE) + bytes(100_000), 1, ""),
+    ("joined.tar", 2 * tar_bytes(ONE), "holds more behind its end mark"),
+    ("zeros.tar", tar_bytes(ONE) + bytes(100_000), 1),
     # Something before the first entry of a zip.
-    ("joined.zip", A + B, BAD, f"has {len(A):,} bytes before its first entry: was it joined by `cat`, or is it self"),
-    ("an-empty-one-behind.zip", A + zip_with(), BAD, f"has {len(A):,} bytes before its first entry"),
-    ("stub.zip", b"#!/bin/sh\nexec unzip $0\n" + A, BAD, "has 24 bytes before its first entry"),
-    ("adjusted.zip", adjusted(b"MZ" + bytes(998), A), BAD, "has 1,000 bytes before its first entry"),
-    ("in-a-folder/joined.zip", A + B, BAD, f"has {len(A):,} bytes before its first entry"),
-    ("joined.npz", npz_with(3) + npz_with(2), BAD, f"has {len(npz_with(3)):,} bytes before its first entry"),
-    ("whole.zip", B, 2, ""),
-    ("piped.zip", zip_with("b.png", "b2.png", file=Pipe), 2, ""),
-    ("zip64.zip", zip_with("b.png", "b2.png", zip64=True), 2, ""),
-    ("comment.zip", zip_with("b.png", "b2.png", comment=b"PK\x03\x04"), 2, ""),
-    ("added-to.zip", adjusted(b"", A), 2, ""),
-    ("whole.npz", npz_with(2), 2, ""),
+    ("joined.zip", A + B, f"has {len(A):,} bytes before its first entry: was it joined by `cat`, or is it self"),
+    ("an-empty-one-behind.zip", A + zip_with(), f"has {len(A):,} bytes before its first entry"),
+    ("stub.zip", b"#!/bin/sh\nexec unzip $0\n" + A, "has 24 bytes before its first entry"),
+    ("adjusted.zip", adjusted(b"MZ" + bytes(998), A), "has 1,000 bytes before its first entry"),
+    ("in-a-folder/joined.zip", A + B, f"has {len(A):,} bytes before its first entry"),
+    ("joined.npz", npz_with(3) + npz_with(2), f"has {len(npz_with(3)):,} bytes before its first entry"),
+    ("whole.zip", B, 2),
+    ("piped.zip", zip_with("b.png", "b2.png", file=Pipe), 2),
+    ("zip64.zip", zip_with("b.png", "b2.png", zip64=True), 2),
+    ("comment.zip", zip_with("b.png", "b2.png", comment=b"PK\x03\x04"), 2),
+    ("added-to.zip", adjusted(b"", A), 2),
+    ("whole.npz", npz_with(2), 2),
     # Without the flag that says so, Linux and macOS write names in UTF-8; names in a code page of DOS could be any.
-    ("a.zip", AA.replace(b"AApfel", b"\xc3\x84pfel"), 4, "BBpfel, Äpfel"),
-    (
-        "a.zip",
-        AA.replace(b"AApfel", b"\x8eApfel"),
-        BAD,
-        "has names that are not in UTF-8: unpack it, and pack the folder",
-    ),
+    ("a.zip", AA.replace(b"AApfel", b"\xc3\x84pfel"), (4, "BBpfel, Äpfel")),
+    ("a.zip", AA.replace(b"AApfel", b"\x8eApfel"), "has names that are not in UTF-8: unpack it, and pack the folder"),
     *(
-        ("mnist", digits(gz, images, labels), BAD, said)
+        ("mnist", digits(gz, images, labels), said)
         for gz in (False, True)
         for images, labels, said in (
             (idx(DIGITS)[:-1], CLASSES, "has 783 bytes where 784 were promised"),
@@ -232,7 +224,7 @@ ROWS = [
         )
     ),
     *(
-        (name, files, BAD, f"holds no images: {said}")
+        (name, files, f"holds no images: {said}")
         for name in (*ARCHIVES, "a")
         for files, said in (
             ([], "none of its names ends in .avif, .bmp, .gif"),
@@ -240,57 +232,43 @@ ROWS = [
         )
     ),
     *(
-        (word, None, MISSING, "nothing at")
+        (word, None, (MISSING, "nothing at"))
         for word in ("nowhere", "nowhere.zip", "file:///no/a.zip", "~/nowhere/at/all")
     ),
-    ("ftp://host/a.zip", None, REQUEST, "ftp"),
+    ("ftp://host/a.zip", None, (REQUEST, "ftp")),
     *(
-        ("in", linked(name, target), BAD, f"{name!r}, which is not a file, or links to a folder or outside")
+        ("in", linked(name, target), f"{name!r}, which is not a file, or links to a folder or out")
         for name, target in (("4.jpg", "../outside.jpg"), ("other", "/etc"), ("other", "."), ("4.jpg", "gone.jpg"))
     ),
-    ("in", lambda path: os.mkfifo(folder_of(path, [ONE]) / "4.jpg"), BAD, "'4.jpg', which is"),
-    ("a.parquet", parquet_bytes(pa.table({"image_url": TEXT})), BAD, "and has image_url. A row has one"),
-    ("a.parquet", parquet_bytes(pa.table({"image": LISTS})), BAD, "and has image. A row has one"),
-    ("a.parquet", parquet_bytes(pa.table({"images": [IMAGES.to_pylist()]})), BAD, "and has images. A row has one"),
-    ("a.parquet", parquet_bytes(pa.table({"a": TEXT, "n": LISTS})), BAD, "without a column of images, and has a, n. A"),
-    ("a.parquet", array_of_datasets, BAD, "and no pixels as numbers or lists: write it by `datasets`"),
-    ("a.parquet", LEFT_AND_RIGHT, REQUEST, "several columns of images: left, right: write"),
-    (
-        "a.parquet",
-        parquet_bytes(table(1, pa.array([2]))),
-        BAD,
-        "a.parquet has the label 2, and 2 classes: get it again",
-    ),
-    ("a.parquet", about(table(1), TWICE), BAD, "has two classes of one name"),
-    ("a.parquet", parquet_bytes(pa.table({"image": pa.array([], IMAGE)})), BAD, "holds no images"),
-    ("a.parquet", parquet_bytes(NULLS, row_group_size=1 << 20), BAD, "promises 100,000 rows, and has 100,000 rows in"),
-    ("a.parquet", WHOLE[:-1], BAD, "a.parquet is truncated or damaged (Parquet magic bytes not found in footer"),
-    ("a.parquet", b"", BAD, "is truncated or damaged (Parquet file size is 0 bytes"),
-    ("a.parquet", WHOLE[: CHUNKS[1].start] + WHOLE[CHUNKS[2].start :], BAD, "is truncated or dam"),
-    ("b.arrow", STREAM[:-8], BAD, "b.arrow is truncated, or no Arrow file: its end is missing"),
-    ("b.arrow", b"", BAD, "b.arrow is truncated or damaged"),
-    ("b.arrow", arrow_bytes(table(20), pa.ipc.new_file)[:-10], BAD, "b.arrow is truncated or damaged"),
+    ("in", lambda path: os.mkfifo(folder_of(path, [ONE]) / "4.jpg"), "'4.jpg', which is"),
+    ("a.parquet", parquet_bytes(pa.table({"image_url": TEXT})), "and has image_url. A row has one"),
+    ("a.parquet", parquet_bytes(pa.table({"image": LISTS})), "and has image. A row has one"),
+    ("a.parquet", parquet_bytes(pa.table({"images": [IMAGES.to_pylist()]})), "and has images. A row has one"),
+    ("a.parquet", parquet_bytes(pa.table({"a": TEXT, "n": LISTS})), "without a column of images, and has a, n. A"),
+    ("a.parquet", array_of_datasets, "and no pixels as numbers or lists: write it by `datasets`"),
+    ("a.parquet", LEFT_AND_RIGHT, (REQUEST, "several columns of images: left, right: write")),
+    ("a.parquet", parquet_bytes(table(1, pa.array([2]))), "a.parquet has the label 2, and 2 classes: get it again"),
+    ("a.parquet", about(table(1), TWICE), "has two classes of one name"),
+    ("a.parquet", parquet_bytes(pa.table({"image": pa.array([], IMAGE)})), "holds no images"),
+    ("a.parquet", parquet_bytes(NULLS, row_group_size=1 << 20), "promises 100,000 rows, and has 100,000 rows in"),
+    ("a.parquet", WHOLE[:-1], "a.parquet is truncated or damaged (Parquet magic bytes not found in footer"),
+    ("a.parquet", b"", "is truncated or damaged (Parquet file size is 0 bytes"),
+    ("a.parquet", WHOLE[: CHUNKS[1].start] + WHOLE[CHUNKS[2].start :], "is truncated or dam"),
+    ("b.arrow", STREAM[:-8], "b.arrow is truncated, or no Arrow file: its end is missing"),
+    ("b.arrow", b"", "b.arrow is truncated or damaged"),
+    ("b.arrow", arrow_bytes(table(20), pa.ipc.new_file)[:-10], "b.arrow is truncated or damaged"),
     # Files that differ in their classes, or lack the images.
-    (
-        "two",
-        {"a.parquet": WHOLE, "b.parquet": about(table(2))}.items(),
-        BAD,
-        "b.parquet has other classes in the column",
-    ),
-    (
-        "two",
-        {"a.parquet": WHOLE, "b.parquet": LABELS}.items(),
-        BAD,
-        "b.parquet lacks the column 'image' of images of o",
-    ),
-    ("a.parquet", encrypted_table(True), BAD, "crypt"),
-    ("a.parquet", encrypted_table(False), BAD, "crypt"),
+    ("two", {"a.parquet": WHOLE, "b.parquet": about(table(2))}.items(), "b.parquet has other classes in the column"),
+    ("two", {"a.parquet": WHOLE, "b.parquet": LABELS}.items(), "b.parquet lacks the column 'image' of images of o"),
+    ("a.parquet", encrypted_table(True), "crypt"),
+    ("a.parquet", encrypted_table(False), "crypt"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "code", "said"), ROWS, ids=[f"{name} {said}" for name, *_, said in ROWS])
-def test_source_is_read_or_refused_in_one_line(tmp_path, name, content, code, said):
+@pytest.mark.parametrize(("name", "content", "expected"), ROWS, ids=[f"{name} {said}" for name, _, said in ROWS])
+def test_source_is_read_or_refused_in_one_line(tmp_path, name, content, expected):
     place = placed(tmp_path, name, content)
+    code, said = {int: (expected, ""), str: (BAD, expected)}.get(type(expected), expected)
     if isinstance(code, Exit):
         with pytest.raises(JobError) as caught:
             source = open_source(place)
