@@ -23,6 +23,7 @@ from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullErr
 from job.progress import Progress
 from job.stop import NEVER, Stop
 from job.store.files import default_cache_dir
+from job.store.local import LocalStore
 from tests.job import small_dataset
 from tests.job.command_line import environment
 from tests.job.damages import flip_a_bit
@@ -74,41 +75,21 @@ def assert_equal(cache: ImageCache, dataset: SmallDataset, indices: object = Non
     np.testing.assert_array_equal(cache.labels(indices), dataset.labels[indices])
 
 
-def test_cache_reads_any_order_and_bucket(bucket_uri, tmp_path):
+def test_cache_reads_any_order_and_bucket(bucket_uri, tmp_path, monkeypatch):
+    """Local shards are not copied."""
     dataset = write_dataset(bucket_uri, tmp_path, SHARD_IMAGES, size=64, grain=8)
+    monkeypatch.setattr(LocalStore, "download", lambda *_: pytest.fail("copied"))
     for shards in (0, 2):
         cache = opened(dataset.bucket, dataset, tmp_path / "cache", shards)
+        if bucket_uri.startswith("/"):
+            cache.prefetch(Order(SHARD_IMAGES, 0), 0)
         assert_equal(cache, dataset, np.random.default_rng(0).integers(0, IMAGES, 200))
         out = np.zeros((3, 64, 64, 3), np.uint8)
         assert cache.read(np.array([7, 7, 23]), out=out) is out
         np.testing.assert_array_equal(out, dataset.pixels[[7, 7, 23]])
         assert cache.read(np.empty(0, np.int64)).shape == (0, 64, 64, 3)
         cache.close()
-
-
-def test_second_opening_fetches_nothing(node, monkeypatch):
-    progress: list[int] = []
-    monkeypatch.setattr(Progress, "update", lambda _, done: progress.append(done))
-    node.assert_read()
-    assert (sorted(node.far.downloads), progress) == (SHARDS, [*range(0, IMAGES + 1, 4)])
-    # The file is allocated, and no shard stays.
-    status = (node.folder / "images").stat()
-    assert status.st_blocks * 512 >= status.st_size == node.dataset.index.decoded_bytes
-    assert not list(node.folder.rglob("*.tar"))
-    node.bucket.rename(node.bucket.with_name("gone"))
-    progress.clear()
-    node.assert_read()
-    assert (len(node.far.downloads), progress) == (6, [])
-
-
-def test_local_shards_are_not_copied(node):
-    node.far.uri = str(node.bucket)
-    for shards in (0, 1):
-        cache = node.opened(shards)
-        cache.prefetch(Order(SHARD_IMAGES, 0), 0)
-        assert_equal(cache, node.dataset)
-        assert (node.far.downloads, node.shards) == ([], [])
-        assert {path.name for path in (node.bucket / node.dataset.key).glob("*.tar")} == set(SHARDS)
+    assert bool(list((tmp_path / "cache").rglob("shards/*.tar"))) == ("://" in bucket_uri)
 
 
 def leave_downloads(folder: Path) -> None:
@@ -117,27 +98,35 @@ def leave_downloads(folder: Path) -> None:
     (folder / "incoming" / ".tmp-0123").write_bytes(b"less than half of it")
 
 
-@pytest.mark.parametrize(
-    ("damage", "fetched_again"),
-    [
-        (lambda folder: flip_a_bit(folder / "images", IMAGE_BYTES * 8), SHARDS[2:3]),
-        (lambda folder: os.truncate(folder / "images", IMAGE_BYTES * 17), SHARDS[4:]),
-        (lambda folder: os.truncate(folder / "checksums", 8 * SHARD_IMAGES[0] + 4), SHARDS[1:]),
-        (leave_downloads, SHARDS),
-    ],
-    ids=["a bit of an image", "images that end early", "a short record", "downloads that were left"],
-)
-def test_damaged_cache_is_repaired(node, damage, fetched_again):
-    node.opened()
-    damage(node.folder)
-    node.far.downloads.clear()
-    for _ in range(2):
-        node.assert_read()
-        assert sorted(node.far.downloads) == fetched_again
+DAMAGED = {
+    "a bit of an image": (lambda folder: flip_a_bit(folder / "images", IMAGE_BYTES * 8), SHARDS[2:3]),
+    "images that end early": (lambda folder: os.truncate(folder / "images", IMAGE_BYTES * 17), SHARDS[4:]),
+    "a short record": (lambda folder: os.truncate(folder / "checksums", 8 * SHARD_IMAGES[0] + 4), SHARDS[1:]),
+    "downloads that were left": (leave_downloads, SHARDS),
+}
 
 
-def test_overwritten_cache_is_not_used(node, caplog):
+def test_decoded_images_are_kept_and_repaired(node, monkeypatch, caplog):
+    progress: list[int] = []
+    monkeypatch.setattr(Progress, "update", lambda _, done: progress.append(done))
+    node.assert_read()
+    assert (sorted(node.far.downloads), progress) == (SHARDS, [*range(0, IMAGES + 1, 4)])
+    # The file is allocated, and no shard stays.
     images, order = node.folder / "images", [5, 8, 8, 23]
+    assert images.stat().st_blocks * 512 >= images.stat().st_size == node.dataset.index.decoded_bytes
+    assert not list(node.folder.rglob("*.tar"))
+    gone = node.bucket.rename(node.bucket.with_name("gone"))
+    progress.clear()
+    node.assert_read()
+    assert (len(node.far.downloads), progress) == (6, [])
+    gone.rename(node.bucket)
+    for name, (damage, fetched_again) in DAMAGED.items():
+        damage(node.folder)
+        node.far.downloads.clear()
+        for _ in range(2):
+            node.assert_read()
+            assert sorted(node.far.downloads) == fetched_again, name
+    # Overwritten while they are read.
     cache = node.opened()
     assert_equal(cache, node.dataset, order)
     flip_a_bit(images, IMAGE_BYTES * 8)
@@ -265,27 +254,15 @@ def test_few_images_need_no_shard(tmp_path, monkeypatch):
     for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
         assert_equal(images, written, indices)
     assert bucket.downloads == []
+    # A multiple of the polynomial is added to an image, so that its CRC-32C stays the same.
     shard, table = (tmp_path / "bucket" / KEY / f"shard-00002.{suffix}" for suffix in ("tar", "offsets"))
-    shard.chmod(0o644)
-    flip_a_bit(shard, int(np.fromfile(table, OFFSETS_DTYPE)[2]["offset"]) + 20)
-    with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
-        images.read(np.array([0, 10]))
-
-
-@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
-def test_ranges_are_verified_by_a_hash(remote_bucket, proxy, tmp_path, monkeypatch):
-    """The proxy adds a multiple of the polynomial to an image, so that its CRC-32C stays the same."""
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    written = write_dataset(remote_bucket, tmp_path, size=64)
-    tar, table = tmp_path / "shard-00002.tar", written.bucket.read(f"{written.key}/shard-00002.offsets").data
-    offset, size_bytes, *_ = np.frombuffer(table, OFFSETS_DTYPE)[2].tolist()
-    image = tar.read_bytes()[offset : offset + size_bytes]
+    offset, size_bytes, *_ = np.fromfile(table, OFFSETS_DTYPE)[2].tolist()
+    image = shard.read_bytes()[offset : offset + size_bytes]
     flips = int(f"{0x11EDC6F41:033b}"[::-1], 2) << 8 * (size_bytes // 2)
     forged = (int.from_bytes(image, "little") ^ flips).to_bytes(size_bytes, "little")
     assert forged != image and google_crc32c.value(forged) == google_crc32c.value(image)
-    proxy.received = lambda body: body.replace(image, forged)
-    images = ImageCache(written.bucket, written.index)
-    np.testing.assert_array_equal(images.read(np.array([0, 21])), written.pixels[[0, 21]])
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes().replace(image, forged))
     with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* differs from the index"):
         images.read(np.array([0, 10]))
 

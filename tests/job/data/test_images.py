@@ -203,7 +203,7 @@ BAD_IMAGES = [
 
 
 def test_bad_images_and_recipes_are_refused():
-    assert prepare(LAB, recipe(min_side=4)).shape == (8, 8, 3)
+    assert prepare(LAB, recipe(min_side=8)).shape == (8, 8, 3)
     for file, options, reason in BAD_IMAGES:
         with pytest.raises(RejectedImageError, match=reason):
             prepare(file, recipe(min_side=4, **options))
