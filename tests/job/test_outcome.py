@@ -187,12 +187,7 @@ ENDINGS = [
     (torch.OutOfMemoryError(OF_A_GPU), "failed", 1, "memory ran out on the GPU (Tried to allocate 2.00 GiB): train "),
     (RuntimeError("could not create a primitive"), "failed", 1, f"{NO_MEMORY} (could not create a primitive)"),
     (RuntimeError("can't start new thread"), "failed", 1, f"{NO_MEMORY} (can't start new thread): allow more"),
-    (
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        "failed",
-        1,
-        f"{NO_MEMORY} ([Errno 12] Cannot allocate memory): ",
-    ),
+    (OSError(12, "Cannot allocate memory"), "failed", 1, f"{NO_MEMORY} ([Errno 12] Cannot allocate memory): allow"),
 ]
 
 

@@ -26,8 +26,7 @@ import yaml
 import job
 from job.data.shards import INDEX, SHARDS_DTYPE, Shard, Shards, ShardWriter, load_index
 from job.exits import BadRequestError, Exit
-from job.runs.checkpoints import Manifest, list_checkpoints
-from job.runs.layout import ObjectKind
+from job.runs.checkpoints import Manifest
 from job.runs.records import Attempt
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
@@ -102,9 +101,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def plant_tensors(bucket: Path, content: bytes) -> None:
-    store = open_store(str(bucket / RUN))
-    ref = list_checkpoints(store)[-1]
-    path = bucket / RUN / ObjectKind.MANIFEST.key(checkpoint=ref)
+    path = max((bucket / RUN).glob("checkpoints/*/MANIFEST.json"))
     manifest = Manifest.from_json(path.read_bytes(), "here")
     vouching = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)
@@ -115,7 +112,7 @@ def plant_tensors(bucket: Path, content: bytes) -> None:
 
 def plant_configuration(bucket: Path, content: bytes) -> None:
     (bucket / RUN / "config.yaml").write_bytes(content)
-    path = bucket / RUN / ObjectKind.ATTEMPT.key(fence=1)
+    path = bucket / RUN / "attempts/000001.json"
     attempt = Attempt.from_json(path.read_bytes(), "here")
     vouching = {"config_sha256": hashlib.sha256(content).hexdigest()}
     path.write_bytes(attempt.model_copy(update=vouching).to_json())
