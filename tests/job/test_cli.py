@@ -1,4 +1,4 @@
-"""The command line on its good days, from images to pictures, in a folder; `test_secrets` uses an object server.
+"""The command line on its good days, from images to pictures, in a folder; `test_security` uses an object server.
 
 And what a script and a notebook call instead: `job.load` and `ddpm.load`.
 """
