@@ -36,7 +36,7 @@ from tests.job.data.coloured import (
     shown_in,
     stem,
 )
-from tests.job.data.formats.test_tfrecords import written
+from tests.job.data.formats.test_formats import written
 from tests.job.packing import KEY, packed
 from tests.job.some_images import folder_of, idx, tar_of, zip_of
 from tests.job.some_tables import IMAGE
