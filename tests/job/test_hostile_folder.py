@@ -15,8 +15,8 @@ from job.exits import TABLE
 from job.progress import printable
 from tests.fuzzing import examples, forged, sealed, search
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.report.forged import FORGED, gif, png
-from tests.job.report.forged import forged as forged_picture
+from tests.job.report.hostile import FORGED, gif, png
+from tests.job.report.hostile import forged as forged_picture
 
 RUN = "runs/walk"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"

@@ -25,7 +25,7 @@ from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.sampling.by_hand import ddim_50, estimate_of
+from tests.job.sampling.conftest import ddim_50, estimate_of
 from tests.job.stops import StopWhen
 
 KEY = "datasets/tiles-latents-8"
