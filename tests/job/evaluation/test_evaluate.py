@@ -113,9 +113,9 @@ def test_sets_of_seeds_show_the_spread(bucket):
 
 @pytest.mark.slow
 def test_evaluation_resumes_after_a_stop(bucket):
+    (alone,) = {each["values"]["fid"] for each in scores(bucket).values() if each["sample_set"]["first_seed"] == 0}
     shutil.rmtree(bucket / "runs/walk/evaluations")
-    # Of two pieces, the second has two images.
-    words = (*FEW, "--count", 18, "--batch-size", 1, "--sampler", "ddpm", "--steps", 12)
+    words = (*FEW, "--metrics", "fid,kid", "--batch-size", 1, "--sampler", "ddpm", "--steps", 12)
     process = started("evaluate", "--run", "walk", "--bucket", bucket, *words)
     pieces = eventually(lambda: list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors")))
     process.send_signal(signal.SIGTERM)
@@ -129,6 +129,7 @@ def test_evaluation_resumes_after_a_stop(bucket):
     assert "was damaged: the same command makes it again" in line
     succeeded(evaluating(bucket, *words))
     (again,) = scores(bucket).values()
+    assert again["values"]["fid"] != alone
     shutil.rmtree(bucket / "runs/walk/evaluations")
     succeeded(evaluating(bucket, *words))
     (undisturbed,) = scores(bucket).values()
