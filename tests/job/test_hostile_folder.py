@@ -15,8 +15,8 @@ from job.exits import TABLE, Exit
 from job.progress import printable
 from tests.fuzzing import examples, forged, sealed, search
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.report.forged import FORGED, gif, png
-from tests.job.report.forged import forged as forged_picture
+from tests.job.report.hostile import FORGED, gif, png
+from tests.job.report.hostile import forged as forged_picture
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 AT = "000001-000000000912"

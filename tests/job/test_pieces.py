@@ -26,9 +26,8 @@ from job.store import ObjectExistsError, Store, open_store
 from tests.job.command_line import ddpm, started, succeeded
 from tests.job.data.test_foreign_tars import write_tars
 from tests.job.exchange.test_encoding import make_autoencoder
-from tests.job.launching import QUICK, by_somebody_elsewhere
+from tests.job.launching import QUICK, StopWhen, by_somebody_elsewhere
 from tests.job.some_images import encoded, files_in, folder_of, picture
-from tests.job.launching import StopWhen
 
 COUNT, MACHINES = 12, 3
 WORK = "a" * 64

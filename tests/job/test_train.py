@@ -35,8 +35,8 @@ from job.store.files import scratch_folder
 from job.training import reporting
 from job.training.session import TrainingSession, run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
-from tests.job.some_images import files_in
 from tests.job.launching import StopWhen
+from tests.job.some_images import files_in
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.keep_last": "99", "model.layers_per_level": "1"}
 # On a busy machine the usual cadence would save within an epoch, and other attempts would count.
