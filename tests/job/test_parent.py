@@ -32,7 +32,7 @@ from job.runs.metric_rows import read_rows
 from job.store import open_store
 from job.training.session import run_training
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
-from tests.job.runs.whole_runs import copy_objects
+from tests.job.runs.leased import copy_objects
 from tests.job.some_images import folder_of, png
 from tests.job.stops import StopWhen
 from tests.job.test_train import final_state

@@ -21,7 +21,7 @@ from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import MadeOnce
 from tests.job.leases import QUICK
-from tests.job.runs.whole_runs import content_hash, train
+from tests.job.runs.leased import content_hash, train
 
 
 @pytest.fixture(scope="session")

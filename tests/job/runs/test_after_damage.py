@@ -17,7 +17,7 @@ from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import DESCRIPTIONS, content_hash, copy_objects, resumed, train
+from tests.job.runs.leased import DESCRIPTIONS, content_hash, copy_objects, resumed, train
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,7 @@ from job.store.local import LocalStore
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.runs.leased import small_config
-from tests.job.runs.whole_runs import train
+from tests.job.runs.leased import small_config, train
 
 pytestmark = pytest.mark.slow
 EPOCHS = 4

@@ -17,7 +17,7 @@ from job.store import Store, open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.runs.whole_runs import copy_objects, train
+from tests.job.runs.leased import copy_objects, train
 
 pytestmark = pytest.mark.slow
 
