@@ -23,7 +23,7 @@ from job.exits import Exit
 from job.runs.checkpoints import Manifest
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
-from tests.job.runs.whole_runs import copy_objects
+from tests.job.runs.leased import copy_objects
 from tests.job.some_images import folder_of, png
 from tests.job.test_train import bit_equal, train
 

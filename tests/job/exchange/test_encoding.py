@@ -25,8 +25,8 @@ from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.sampling.conftest import ddim_50, estimate_of
 from tests.job.launching import StopWhen
+from tests.job.sampling.conftest import ddim_50, estimate_of
 
 KEY = "datasets/tiles-latents-8"
 NAMES = ("config.json", "diffusion_pytorch_model.safetensors")

@@ -1,25 +1,37 @@
-"""What the next attempt, and whoever samples or prunes, makes of a run whose objects are damaged, lost or another's."""
+"""Each damage to each object of a run: what verifying says, and what whoever goes on, samples or prunes does."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
 
 import pytest
+from PIL import Image
 
-from job.coordination.sealed import NamedObject
+from job.coordination.sealed import NamedObject, code_version
 from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
-from job.runs.layout import CheckpointRef
+from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metric_rows import History, read_rows
 from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
+from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import DESCRIPTIONS, content_hash, copy_objects, resumed, train
+from tests.job.runs.leased import DESCRIPTIONS, content_hash, copy_objects, resumed, train
 
 pytestmark = pytest.mark.slow
+
+NEVER_MISSED = re.compile(
+    r"LATEST|lease\.json|status\.json|tensorboard/samples/.*|reading/.*|grids/.*|evaluations/.*|figures/.*|"
+    r".*/averages/ema-0\.2\.json|samples/([^/]*\.(png|gif)|[^/]*/index\.json)"
+)
+"""No record names them: hints, pictures, the index of a batch, and what is made anew. Nor older manifests."""
+NOT_IN_A_RUN = {"IMAGE", "PROBE", "FEATURES", "FEATURE_RECORD", "FEATURE_CLAIM", "CLAIM"}
+"""What only --save png and a kill leave."""
 
 
 @pytest.fixture
@@ -29,13 +41,41 @@ def copy(store, tmp_path):
     return open_store(str(tmp_path)).sub("runs/r")
 
 
-def test_the_newest_whole_checkpoint_is_used(run, keys, contents, capsys):
-    refs, wrong = sorted(contents, reverse=True), {}
+def test_a_whole_run_has_no_problems(bucket, store, run, keys):
+    findings = verify_run(store, "r")
+    assert (findings.problems, findings.leftovers, findings.objects) == ([], {}, len(keys))
+    out = succeeded(ddpm_here("runs", "verify", "r", "--bucket", bucket))
+    assert f"{bucket}/runs/r: {len(keys)} objects, {findings.size_bytes:,} bytes: all as they were written" in out
+    # The table has a row for each of them.
+    assert {kind.name for kind in ObjectKind} - {located(key).kind.name for key in keys} == NOT_IN_A_RUN
+    # Pictures have their origin.
+    for name in ("epoch-0002-ddim-4.png", "denoising-epoch-0002-ddim-4.gif"):
+        with Image.open(io.BytesIO(run.read(f"samples/{name}").data)) as picture:
+            picture.load()
+            comment = picture.info.get("Comment") or picture.info["comment"].decode()
+        origin, _, sha256 = comment.rpartition(" ")
+        assert json.loads(origin) == {"run": "r", "fence": 1, "images_seen": 600, "code_version": code_version()}, name
+        assert len(sha256) == 64
+
+
+def test_each_damage_is_named_and_the_newest_whole_checkpoint_is_used(store, run, keys, capsys):
+    contents = {ref: content_hash(run, ref) for ref in list_checkpoints(run)}
+    refs, wrong, older = sorted(contents, reverse=True), {}, {ref.manifest_key for ref in [*contents][:-1]}
+    one_of_each_kind = {located(key).kind: key for key in keys}.values()
     differing = [key for key in keys if not key.endswith(DESCRIPTIONS)]
     cases = [(name, (key,)) for name in DAMAGES for key in keys] + [("swapped", pair) for pair in pairs(differing)]
     for name, case in cases:
-        with swapped(run, *case) if name == "swapped" else damaged(run, case[0], DAMAGES[name]):
+        key, expected_blame = case[0], None
+        if name in ("gone", "bit in the middle") or (name != "swapped" and key in one_of_each_kind):
+            missed = not NEVER_MISSED.fullmatch(key) and key not in older
+            kinds_unseen = (ObjectKind.PAGE, ObjectKind.GRID_EVENTS)
+            expected_blame = [] if located(key).kind in kinds_unseen or (name == "gone" and not missed) else [key]
+        with swapped(run, *case) if name == "swapped" else damaged(run, key, DAMAGES[name]):
             ref, named, content = resumed(run, capsys)
+            problems = [] if expected_blame is None else verify_run(store, "r").problems
+        # The keys stand at the beginning of each line.
+        if expected_blame not in (None, blamed := [line.split()[0].removeprefix(f"{run.uri}/") for line in problems]):
+            wrong[name, case] = blamed
         # Rows of the metrics that are lost cost no work, nor do averages that were made later, nor descriptions.
         needed = [key for key in case if "/averages/" not in key and not key.endswith(DESCRIPTIONS)]
         expected = next(ref for ref in refs if not any(key.startswith(f"{ref.key}/") for key in needed))
@@ -45,10 +85,60 @@ def test_the_newest_whole_checkpoint_is_used(run, keys, contents, capsys):
     assert wrong == {}
 
 
+def test_strangers_are_named_and_leftovers_counted(store, run):
+    left = {
+        "checkpoints/000002-000000099999/model-00.safetensors",
+        "metrics/000002-000000099999.jsonl",
+        "snapshots/000002-000000099999/ema-0.1-00.safetensors",
+        f"{list_checkpoints(run)[2].key}/averages/{'0' * 32}/ema-0.2-00.safetensors",
+        "tensorboard/events.out.tfevents.000002-000000099999",
+        "probe/0123",
+    }
+    strangers = ["notes.txt", "metrics/all.jsonl", "samples/photo.jpg", "attempts/one.json", "reading/somebody.json"]
+    strangers += ["config.yaml.bak"]
+    created = [*strangers, *left, "samples/photo.png"]
+    for key in created:
+        run.create(key, b"half")
+    findings = verify_run(store, "r")
+    for key in created:
+        run.delete(key)
+    assert findings.leftovers == dict.fromkeys(left, 4)
+    expected = [f"{run.uri_of(key)} is not part of the run: move it elsewhere, or delete it" for key in strangers]
+    photo = f"{run.uri}/samples/photo.png is corrupt, or another program wrote it: its SHA-256 is not the one in itself"
+    assert findings.problems == sorted([*expected, photo])
+
+
+def test_the_command_names_all_problems(bucket, run):
+    weights = f"{list_checkpoints(run)[0].key}/model-00.safetensors"
+    with damaged(run, "config.yaml", DAMAGES["bit in the middle"]), damaged(run, weights, DAMAGES["gone"]):
+        done = ddpm_here("runs", "verify", "r", "--bucket", bucket)
+        # A run that is damaged is never begun anew, and never gone on with under other words.
+        refusal = refused(train(bucket, "r", 6), Exit.BAD_DATA)
+    assert "2 problems in" in refused(done, Exit.BAD_DATA)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [run.uri_of(weights), run.uri_of("config.yaml")]
+    assert f"{run.uri}/config.yaml" in refusal
+    assert "there is no run 'nobody'" in refused(ddpm_here("runs", "verify", "nobody", "--bucket", bucket), 66)
+
+
+def test_a_beginning_run_has_no_problems(store, tmp_path):
+    here = open_store(str(tmp_path))
+    here.sub("runs/r").create("probe/0123", b"1")
+    here.sub("runs/r").create("lease.json", store.read("runs/r/lease.json").data)
+    assert verify_run(here, "r").problems == []
+    copy_objects(store, here, "runs/other")
+    other = here.sub("runs/other")
+    (only,) = list_checkpoints(other)
+    # Killed between its first manifest and the hint.
+    other.delete(LATEST_KEY)
+    assert verify_run(here, "other").problems == []
+    other.delete(only.manifest_key)
+    assert [problem for problem in verify_run(here, "other").problems if LATEST_KEY in problem] == []
+
+
 def test_lost_manifests_begin_no_new_run(copy):
     refs = list_checkpoints(copy)
     for ref in refs:
-        copy.delete(f"{ref.key}/MANIFEST.json")
+        copy.delete(ref.manifest_key)
     missing = rf"{re.escape(copy.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
     with pytest.raises(BadDataError, match=missing):
         newest_good(copy)
@@ -70,8 +160,9 @@ def test_a_damaged_attempt_retires_nothing(copy, tmp_path):
         succeeded(done)
 
 
-def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
+def test_a_foreign_checkpoint_is_trained_again(copy, store, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
+    content = content_hash(copy, newest)
     sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
     # Of the same images, by the attempt of the same number, and whole.
     for entry in theirs.list(newest.key):
@@ -86,7 +177,7 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, contents, tmp_path):
         assert said_then in done.stderr
         again = max(list_checkpoints(copy))
         assert (again.fence, again.images_seen) == (fence, newest.images_seen)
-        assert content_hash(copy, again) == contents[newest]
+        assert content_hash(copy, again) == content
         # The next time it is cut off.
         path = tmp_path / "runs/r" / again.key / "model-00.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
