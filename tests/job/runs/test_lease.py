@@ -26,8 +26,7 @@ from job.store import ConflictError, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm, settings, started, succeeded
 from tests.job.hooked import hooked
-from tests.job.launching import children, eventually
-from tests.job.launching import QUICK, by_somebody_elsewhere, record_in, taken
+from tests.job.launching import QUICK, by_somebody_elsewhere, children, eventually, record_in, taken
 
 
 @pytest.fixture

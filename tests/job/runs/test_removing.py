@@ -19,7 +19,7 @@ from job.store.local import LocalStore
 from job.verbs import upkeep
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.launching import taken
+from tests.job.launching import StopWhen, taken
 from tests.job.runs.leased import DATASET_IMAGES, committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
 
