@@ -155,7 +155,7 @@ test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, po
 
 test-slurm: $(TESTED) ## Run jobs on a real Slurm of two nodes on this machine: needs root
 	@tests/install.sh slurmctld slurmd sbatch munged sshd
-	.venv/bin/pytest -m slurm tests/slurm --timeout=400 $(ARGS)
+	.venv/bin/pytest -m slurm tests/slurm --timeout=900 $(ARGS)
 
 test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells
 	@tests/install.sh zsh

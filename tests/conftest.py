@@ -70,12 +70,6 @@ def moto_server(started: Callable[[str], str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def seaweedfs_server(started: Callable[[str], str]) -> str:
-    """URL of a SeaweedFS."""
-    return started("s3")
-
-
-@pytest.fixture(scope="session")
 def azurite_server(started: Callable[[str], str]) -> Iterator[str]:
     """URL of an Azurite, which child processes find in `AZURE_STORAGE_CONNECTION_STRING`."""
     yield from _found_by_all("az", started)

@@ -11,9 +11,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import cycle, product
 from multiprocessing import get_context
@@ -42,28 +40,23 @@ from job.sampling.painter import model_of
 DEVICE = torch.device("cuda:0")
 SIZE, IMAGES, STEPS, MODES = 8, 2, 2, 5
 """Steps are those of training and, twice as many, of sampling; the modes are those of `walks`."""
-_LEVELS = ("model.channels=8", "model.channel_mults=1,2", "model.attention_sizes=4", "model.layers_per_level=1")
-NETWORKS: dict[str, tuple[str, ...]] = {
-    "unet": (*_LEVELS, "model.norm_groups=4", "model.dropout=0.1"),
-    "unet as ADM": (*_LEVELS, "model.norm_groups=4", "model.scale_shift=true", "model.head_channels=8"),
-    "edm2": (*_LEVELS, "model.head_channels=8", "model.uncertainty=true"),
-    "dit": ("model.width=8", "model.depth=1", "model.heads=2"),
-    "dit as today": (
-        *("model.width=8", "model.depth=1", "model.heads=2"),
-        *("model.rope=true", "model.qk_norm=true", "model.rms_norm=true"),
-    ),
-    "dome": (),
+_LEVELS = "model.channels=8 model.channel_mults=1,2 model.attention_sizes=4 model.layers_per_level=1"
+_DIT = "model.width=8 model.depth=1 model.heads=2"
+NETWORKS = {
+    "unet": f"{_LEVELS} model.norm_groups=4 model.dropout=0.1",
+    "unet as ADM": f"{_LEVELS} model.norm_groups=4 model.scale_shift=true model.head_channels=8",
+    "edm2": f"{_LEVELS} model.head_channels=8 model.uncertainty=true",
+    "dit": _DIT,
+    "dit as today": f"{_DIT} model.rope=true model.qk_norm=true model.rms_norm=true",
+    "dome": "",
 }
-OPTIONS: tuple[tuple[str, ...], ...] = (
-    ("diffusion.draws=log_normal", "diffusion.stratified=true", "diffusion.offset_noise=0.1"),
-    ("diffusion.variance=learned_range",),
-    (
-        *("diffusion.self_conditioning=true", "model.num_classes=3", "model.label_dropout=0.1"),
-        *("sample.guidance=2", "sample.guidance_rescale=0.5"),
-        *("data.augment=0.1", "data.crop_scale=[0.5, 1]", "train.micro_batch_size=1"),
-    ),
-    ("diffusion.zero_terminal_snr=true", "diffusion.draws=uniform"),
-    ("model.num_classes=3", "model.gradient_checkpointing=true"),
+OPTIONS = (
+    "diffusion.draws=log_normal diffusion.stratified=true diffusion.offset_noise=0.1",
+    "diffusion.variance=learned_range",
+    """diffusion.self_conditioning=true model.num_classes=3 model.label_dropout=0.1 sample.guidance=2
+    sample.guidance_rescale=0.5 data.augment=0.1 data.crop_scale=[0.5,1] train.micro_batch_size=1""",
+    "diffusion.zero_terminal_snr=true diffusion.draws=uniform",
+    "model.num_classes=3 model.gradient_checkpointing=true",
 )
 """Further settings of an objective: a schedule with a prediction takes those that fit it, and weightings in turn."""
 
@@ -72,13 +65,10 @@ def objectives(network: str) -> Iterator[RunConfig]:
     """Yields the valid configurations of a network."""
     weightings = cycle(WEIGHTINGS)
     for schedule, prediction, options in product(SCHEDULES, PREDICTIONS, OPTIONS):
-        sets = (
-            *(f"model.kind={network.split()[0]}", *NETWORKS[network]),
-            *(f"diffusion.schedule={schedule}", f"diffusion.prediction={prediction}", "diffusion.timesteps=40"),
-            *(f"diffusion.weighting={next(weightings)}", f"train.batch_size={IMAGES}"),
-            *(f"sample.steps={2 * STEPS}", "sample.grid=linspace", *options),
-        )
-        whole = {"data.size": SIZE, "data.channels": 3, "model.num_classes": 0, **parse_sets(sets)}
+        sets = f"""{NETWORKS[network]} model.kind={network.split()[0]} diffusion.timesteps=40 train.batch_size={IMAGES}
+            diffusion.schedule={schedule} diffusion.prediction={prediction} diffusion.weighting={next(weightings)}
+            sample.steps={2 * STEPS} sample.grid=linspace {options}"""
+        whole = {"data.size": SIZE, "data.channels": 3, "model.num_classes": 0, **parse_sets(sets.split())}
         with suppress(BadConfigError):
             yield validated(layered({}, whole))
 
@@ -184,30 +174,21 @@ def draw(config: RunConfig, first: int, count: int) -> None:
             assert model.pixels(x).device == DEVICE
 
 
-@dataclass(frozen=True)
-class Check:
-    """A network with an objective, and the pairs of a sampler and a mode with which it draws."""
-
-    network: str
-    config: RunConfig
-    number: int
-    draws: int
-
-    def __call__(self) -> int:
-        """Trains and draws; returns the number of batches."""
-        try:
-            learn(self.config, exact=self.number % 2 == 0)
-            draw(self.config, self.number * self.draws, self.draws)
-        except Exception as error:
-            raise RuntimeError(f"{self.network}, {self.config.diffusion}, {self.config.data}") from error
-        return self.draws
+def check(network: str, config: RunConfig, number: int, draws: int) -> int:
+    """Trains a network with an objective, and draws with some pairs; returns the number of batches."""
+    try:
+        learn(config, exact=number % 2 == 0)
+        draw(config, number * draws, draws)
+    except Exception as error:
+        raise RuntimeError(f"{network}, {config.diffusion}, {config.data}") from error
+    return draws
 
 
-def checks(network: str) -> list[Check]:
+def checks(network: str) -> list[partial[int]]:
     """Returns the checks of a network: every objective, and over them every pair of a sampler and a mode."""
     configs = list(objectives(network))
     draws = max(2, -(-len(samplings(configs[0])) * MODES // len(configs)))
-    return [Check(network, config, number, draws) for number, config in enumerate(configs)]
+    return [partial(check, network, config, number, draws) for number, config in enumerate(configs)]
 
 
 def main() -> None:
@@ -217,18 +198,13 @@ def main() -> None:
     options = parser.parse_args()
     if torch.version.cuda is None:
         sys.exit(f"PyTorch {torch.__version__} is not a CUDA build: `make fake-gpu` installs one")
-    found = [one for network in options.networks or NETWORKS for one in checks(network)]
+    found, drawn = [one for network in options.networks or NETWORKS for one in checks(network)], 0
     with (
-        ProcessPoolExecutor(usable_cores(), get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+        get_context("spawn").Pool(usable_cores(), torch.set_num_threads, (1,)) as pool,
         Progress("fake GPU", total=len(found), unit="configurations") as bar,
     ):
-        drawn = 0
-        for done, one in enumerate([pool.submit(one) for one in found], 1):
-            try:
-                drawn += one.result()
-            except RuntimeError:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for done, draws in enumerate(pool.imap(partial.__call__, found), 1):
+            drawn += draws
             bar.update(done)
     print(f"{len(found)} configurations, {STEPS * len(found)} training steps, {drawn} batches on {DEVICE}: passed")
 

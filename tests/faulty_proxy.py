@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from http.client import HTTPConnection, HTTPException
@@ -72,7 +72,7 @@ class Answer:
     """What an answer to HEAD says of a body that does not come."""
 
 
-class FaultyProxy:
+class FaultyProxy(AbstractContextManager["FaultyProxy"]):
     """A proxy on a port of its own, `url`, before the server at `target`.
 
     Attributes:
@@ -86,7 +86,6 @@ class FaultyProxy:
     """
 
     def __init__(self, target: str) -> None:
-        """Errors look like Google's for a client of `STORAGE_EMULATOR_HOST`, and like S3's for any other."""
         self.rate = 0.0
         self.requests: Counter[str] = Counter()
         self.injected: Counter[Fault] = Counter()
@@ -102,9 +101,6 @@ class FaultyProxy:
         self._hanging = False
         self._listener: socket.socket | None = None
         self._listen(0)
-
-    def __enter__(self) -> FaultyProxy:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
@@ -181,64 +177,50 @@ class FaultyProxy:
         """Answers one request; whether the connection lives on."""
         fault = self._fault_for(request)
         if fault is Fault.SILENCE or self._hanging:
-            _keep_silent(client)
-            return False
+            return _keep_silent(client)
         if fault is Fault.RESET:
-            _reset(client)
-            return False
+            return _reset(client)
         if fault is not None and fault.isdecimal():
-            client.sendall(self._refusal(request, fault))
+            client.sendall(_refusal(request, fault))
             return True
         if (said := self.instead(request)) is not None:
             client.sendall(said)
             return False
         answer = self._ask(self.passed(request))
         answer = replace(answer, body=self.received(answer.body))
+        whole, half = len(answer.body), len(answer.body) // 2
         if self._hanging:
-            _keep_silent(client)
-            return False
+            return _keep_silent(client)
         if fault is None:
-            length = answer.length if request.method == "HEAD" else len(answer.body)
+            length = answer.length if request.method == "HEAD" else whole
             client.sendall(_head(answer, f"Content-Length: {length}") + answer.body)
             return True
         if fault is Fault.LOST_ANSWER or answer.status in _BODILESS:
-            _reset(client)
-        elif fault is Fault.SHORT_CHUNKS:
-            half = answer.body[: len(answer.body) // 2 + 1]
+            return _reset(client)
+        if fault is Fault.SHORT_CHUNKS:
+            part = answer.body[: half + 1]
             client.sendall(_head(answer, "Transfer-Encoding: chunked"))
-            client.sendall(b"%x\r\n%b\r\n" % (len(half), half) if half else b"")
-        else:
-            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
-            client.sendall(answer.body[: len(answer.body) // 2])
-            if fault is Fault.SILENCE_MIDWAY:
-                _keep_silent(client)
-        return False
+            client.sendall(b"%x\r\n%b\r\n" % (len(part), part) if part else b"")
+            return False
+        client.sendall(_head(answer, f"Content-Length: {whole + 1}") + answer.body[:half])
+        return _keep_silent(client) if fault is Fault.SILENCE_MIDWAY else False
 
     def _fault_for(self, request: Request) -> Fault | None:
         with self._lock:
             self.requests[request.method] += 1
             fault = None
-            for number, (pattern, ordered) in enumerate(self._orders):
-                if pattern.search(request.text):
-                    del self._orders[number]
-                    fault = ordered
-                    break
-            else:
-                if self._random.random() < self.rate:
-                    if not self._deck:
-                        self._deck = self._random.sample(list(Fault), len(Fault))
-                    fault = self._deck.pop()
+            if order := next((order for order in self._orders if order[0].search(request.text)), None):
+                self._orders.remove(order)
+                fault = order[1]
+            elif self._random.random() < self.rate:
+                self._deck = self._deck or self._random.sample(list(Fault), len(Fault))
+                fault = self._deck.pop()
             if request.method == "HEAD" and fault in (Fault.SILENCE_MIDWAY, Fault.SHORT, Fault.SHORT_CHUNKS):
                 # Its answer has no body to be cut.
                 fault = Fault.LOST_ANSWER
             if fault is not None:
                 self.injected[fault] += 1
             return fault
-
-    def _refusal(self, request: Request, fault: Fault) -> bytes:
-        body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % int(fault)).encode()
-        body = b"" if request.method == "HEAD" else body
-        return f"HTTP/1.1 {fault} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
     def _ask(self, request: Request) -> Answer:
         with closing(HTTPConnection(self._target)) as server:
@@ -253,13 +235,22 @@ class FaultyProxy:
         return Answer(response.status, response.reason, tuple(headers), body, length or "0")
 
 
-def _keep_silent(client: socket.socket) -> None:
+def _keep_silent(client: socket.socket) -> bool:
+    """Until its client gives up; the connection does not live on."""
     until = time.monotonic() + SILENT_SECONDS
     client.settimeout(0.1)
     while time.monotonic() < until:
         with suppress(TimeoutError):
             if not client.recv(1 << 16):
-                return
+                break
+    return False
+
+
+def _refusal(request: Request, fault: Fault) -> bytes:
+    """Looks like Google's for a client of `STORAGE_EMULATOR_HOST`, and like S3's for any other."""
+    body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % int(fault)).encode()
+    body = b"" if request.method == "HEAD" else body
+    return f"HTTP/1.1 {fault} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def _read_request(client: socket.socket, file: BinaryIO) -> Request | None:
@@ -287,6 +278,7 @@ def _head(answer: Answer, framing: str) -> bytes:
     return "\r\n".join([*lines, framing, "", ""]).encode("latin-1")
 
 
-def _reset(client: socket.socket) -> None:
+def _reset(client: socket.socket) -> bool:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+    return False

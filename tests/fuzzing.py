@@ -4,8 +4,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 
 MOST_SECONDS, MOST_BYTES, MOST_ADDRESS_BYTES = 20.0, 1 << 30, 4 << 30
-"""Of one example, on a busy machine; and of the memory by which all of them together let this process grow: that which
+"""Processor time of one example; and of the memory by which all of them together let this process grow: that which
 is used, and that which may be asked for, most of which the stacks of threads take. Beyond it is a `MemoryError`."""
 
 
@@ -27,25 +26,24 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
 
 def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[[Callable[..., object]], object]:
     """Calls what it decorates with so many examples, in bounded time and memory; up to `few` are the same each time."""
-    always = settings(
-        max_examples=count,
-        derandomize=count <= few,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    how = {"database": None, "deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+    always = settings(max_examples=count, derandomize=count <= few, **how)
 
     def bounded(check: Callable[..., object]) -> object:
         @wraps(check)
         def timed(**example: object) -> None:
-            began = time.monotonic()
+            began = time.process_time()
             check(**example)
-            assert time.monotonic() - began < MOST_SECONDS
+            assert time.process_time() - began < MOST_SECONDS
 
         before = _peak_bytes()
-        with _limited_memory():
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        now_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now_bytes + MOST_ADDRESS_BYTES, hard))
+        try:
             always(given(*strategies)(timed))()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         assert _peak_bytes() - before < MOST_BYTES
         return None
 
@@ -54,17 +52,6 @@ def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
-@contextmanager
-def _limited_memory() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now_bytes + MOST_ADDRESS_BYTES, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def sealed(document: Any) -> bytes:

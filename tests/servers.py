@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -64,27 +65,16 @@ def seaweedfs(folder: Path) -> AbstractContextManager[str]:
         for name, actions in rights.items()
     ]
     (folder / "keys.json").write_text(json.dumps({"identities": keys}))
-    settings = {
-        "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "master.telemetry": "false",
-        "master.volumeSizeLimitMB": 256,
-        "volume.max": 1000,
-        # As a share of the disk, it refuses all writes on a large disk of which gigabytes are free.
-        "volume.minFreeSpace": "100MiB",
-        "s3": "true",
-        "s3.config": folder / "keys.json",
-        "s3.autoCreateBucket": "false",
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-    }
+    # As a share of the disk, the least free space would refuse all writes on a large disk of which gigabytes are free.
+    flags = f"""-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false -master.volumeSizeLimitMB=256
+        -volume.max=1000 -volume.minFreeSpace=100MiB -s3=true -s3.config={folder}/keys.json -s3.autoCreateBucket=false
+        -s3.port.iceberg=0 -s3.port.lance=0"""
+    others = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
 
     def command(port: int) -> list[str]:
-        others = ("master.port", "volume.port", "filer.port", "master.port.grpc", "volume.port.grpc", "filer.port.grpc")
         ports = {"s3.port": port} | {other: free_port() for other in (*others, "s3.port.grpc")}
         weed = Path(sys.executable).parent / "weed"
-        return [str(weed), "server", *(f"-{name}={value}" for name, value in (settings | ports).items())]
+        return [str(weed), "server", *flags.split(), *(f"-{name}={number}" for name, number in ports.items())]
 
     return _running(command, folder)
 
@@ -111,27 +101,6 @@ def s3_account(url: str) -> dict[str, str]:
     files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
     keys = {"AWS_ACCESS_KEY_ID": "owner", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
     return {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **keys, **files}
-
-
-def _make_gs(url: str, name: str) -> None:
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-
-    how = {"credentials": AnonymousCredentials(), "client_options": {"api_endpoint": url}}
-    storage.Client(project="test", **how).create_bucket(name)
-
-
-def _make_s3(url: str, name: str) -> None:
-    import boto3
-
-    keys = {"aws_access_key_id": "owner", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket=name)
-
-
-def _make_az(url: str, name: str) -> None:
-    from azure.storage.blob import BlobServiceClient
-
-    BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
 
 
 Refusal = tuple[int, str, str, type[JobError], str]
@@ -176,7 +145,7 @@ class Server:
         start: URL of a new one, while the context lasts; the folder takes its data and log.
         variables: what directs clients to one at a URL.
         options: the same as fsspec's options of the kind, with a payer where one can be named.
-        make: makes a bucket of a name there.
+        make: makes a bucket of a name, as do the next two where clients are directed.
         put: writes an object as somebody without this program would, into the bucket of a name.
         media: the media type and the encoding of an object in the bucket of a name, as others see them.
         library: a module of its client.
@@ -186,43 +155,43 @@ class Server:
     start: Callable[[Path], AbstractContextManager[str]]
     variables: Callable[[str], dict[str, str]]
     options: Callable[[str], dict[str, Any]]
-    make: Callable[[str, str], None]
+    make: Callable[[str], object]
     put: Callable[[str, str, bytes], object]
     media: Callable[[str, str], tuple[str, str | None]]
     library: str
     refusals: Sequence[Refusal]
 
 
-def _google(name: str) -> Any:
+def _gs() -> Any:
     from google.cloud import storage
 
-    return storage.Client(project="test").bucket(name)
+    return storage.Client(project="test")
 
 
-def _amazon() -> Any:
+def _s3() -> Any:
     import boto3
 
-    return boto3.client("s3")
+    return boto3.Session().client("s3")
 
 
-def _azure(name: str, key: str) -> Any:
-    from azure.storage.blob import BlobClient
+def _az() -> Any:
+    from azure.storage.blob import BlobServiceClient
 
-    return BlobClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"], name, key)
+    return BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"])
 
 
-def _google_media(name: str, key: str) -> tuple[str, str | None]:
-    blob = _google(name).get_blob(key)
+def _gs_media(name: str, key: str) -> tuple[str, str | None]:
+    blob = _gs().bucket(name).get_blob(key)
     return blob.content_type, blob.content_encoding
 
 
-def _amazon_media(name: str, key: str) -> tuple[str, str | None]:
-    head = _amazon().head_object(Bucket=name, Key=key)
+def _s3_media(name: str, key: str) -> tuple[str, str | None]:
+    head = _s3().head_object(Bucket=name, Key=key)
     return head["ContentType"], head.get("ContentEncoding")
 
 
-def _azure_media(name: str, key: str) -> tuple[str, str | None]:
-    about = _azure(name, key).get_blob_properties().content_settings
+def _az_media(name: str, key: str) -> tuple[str, str | None]:
+    about = _az().get_blob_client(name, key).get_blob_properties().content_settings
     return about.content_type, about.content_encoding
 
 
@@ -230,9 +199,9 @@ _S3 = Server(
     start=seaweedfs,
     variables=s3_account,
     options=lambda url: {"endpoint_url": url, "requester_pays": True},
-    make=_make_s3,
-    put=lambda name, key, data: _amazon().put_object(Bucket=name, Key=key, Body=data),
-    media=_amazon_media,
+    make=lambda name: _s3().create_bucket(Bucket=name),
+    put=lambda name, key, data: _s3().put_object(Bucket=name, Key=key, Body=data),
+    media=_s3_media,
     library="obstore",
     refusals=AMAZON,
 )
@@ -241,9 +210,9 @@ SERVERS = {
         start=fake_gcs_server,
         variables=lambda url: {"STORAGE_EMULATOR_HOST": url},
         options=lambda url: {"endpoint_url": url, "requester_pays": "my-project", "token": "anon"},
-        make=_make_gs,
-        put=lambda name, key, data: _google(name).blob(key).upload_from_string(data),
-        media=_google_media,
+        make=lambda name: _gs().create_bucket(name),
+        put=lambda name, key, data: _gs().bucket(name).blob(key).upload_from_string(data),
+        media=_gs_media,
         library="gcsfs.core",
         refusals=GOOGLE,
     ),
@@ -253,9 +222,9 @@ SERVERS = {
         start=azurite,
         variables=lambda url: {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)},
         options=lambda url: {"connection_string": azurite_account(url)},
-        make=_make_az,
-        put=lambda name, key, data: _azure(name, key).upload_blob(data),
-        media=_azure_media,
+        make=lambda name: _az().create_container(name),
+        put=lambda name, key, data: _az().get_blob_client(name, key).upload_blob(data),
+        media=_az_media,
         library="obstore",
         refusals=AZURE,
     ),
@@ -267,7 +236,8 @@ KINDS = [kind for kind in SERVERS if "-" not in kind]
 def new_bucket(kind: str, url: str) -> str:
     """The URI of a fresh, empty bucket of a server of `SERVERS`."""
     name = f"test-{secrets.token_hex(6)}"
-    SERVERS[kind].make(url, name)
+    with patch.dict(os.environ, SERVERS[kind].variables(url)):
+        SERVERS[kind].make(name)
     return f"{kind.partition('-')[0]}://{name}"
 
 

@@ -1,4 +1,4 @@
-"""Small runs in containers, and what came of them."""
+"""Small runs in containers and jobs, and what came of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ def training(run: str, bucket: object, epochs: int = EPOCHS) -> tuple[str, ...]:
     return ("train", *place, *SMALL)
 
 
+def images_saved(run: Store) -> int:
+    """How many images the newest checkpoint of a run has seen; 0 without one."""
+    return max((ref.images_seen for ref in list_checkpoints(run)), default=0) if run.exists("config.yaml") else 0
+
+
 def assert_equal(run: Store, other: Store) -> None:
     """Both are finished, with the same weights, averages and moments to the last bit."""
-    for each in (run, other):
-        status = read_status(each)
-        assert status is not None
-        assert status.state == "finished"
+    assert [getattr(read_status(each), "state", None) for each in (run, other)] == ["finished"] * 2
     manifests = (load_manifest(each, max(list_checkpoints(each))) for each in (run, other))
     found, expected = ([(file.name, file.sha256) for file in manifest.files] for manifest in manifests)
     assert len(found) >= 3

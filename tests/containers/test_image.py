@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.containers.podman import CHECKOUT, IMAGE, inspected, podman
-from tests.containers.runs import training
+from tests.containers.conftest import CHECKOUT, IMAGE, in_image, inspected, podman
+from tests.containers.runs import images_saved, training
+from tests.infra.recorded import git
 from tests.job.launching import eventually
 
+pytestmark = pytest.mark.containers
 CONFINED = ("--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "ALL", "--network", "none")
 
 
@@ -41,32 +41,18 @@ def test_own_user_can_write_nothing():
         printf '#include <Python.h>\\nint f(void) {return 7;}' | gcc -shared -fPIC -x c - -o /tmp/x.so -I $include
         python -c 'import ctypes; print(ctypes.CDLL("/tmp/x.so").f())'
     """
-    done = podman("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", script)
-    assert done.stdout.splitlines() == ["10001", "/tmp/torchinductor /tmp/triton /tmp", "7"]
+    assert in_image(script).splitlines() == ["10001", "/tmp/torchinductor /tmp/triton /tmp", "7"]
 
 
-def test_image_is_labelled():
-    (found,) = json.loads(podman("image", "inspect", IMAGE).stdout)
-    config = found["Config"]
+def test_image_is_labelled_and_as_large_as_its_page_says():
+    """By layer, so that what grew has a name; the base is that of the tests."""
+    image = inspected(IMAGE, "image")
+    config, labels = image["Config"], image["Config"]["Labels"]
     assert (config["Entrypoint"], config["User"]) == (["/opt/ddpm/bin/ddpm"], "10001:10001")
-    labels = config["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert len(labels["org.opencontainers.image.revision"]) >= 7
     assert {"NVIDIA_DRIVER_CAPABILITIES=compute,utility", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false"} <= {*config["Env"]}
     assert any(word.startswith("LD_LIBRARY_PATH=/usr/local/nvidia/lib64") for word in config["Env"])
-
-
-def test_image_has_the_program_alone():
-    places = "/opt /run /srv /tmp /scratch /home /var/cache/apt /var/lib/apt/lists"
-    script = f"find {places} -xdev -type f -size +0 ! -path '/opt/ddpm/*' ! -name lock; find /root -name .cache"
-    done = podman("run", "--rm", "--user", "0", "--entrypoint", "sh", IMAGE, "-c", script)
-    assert done.stdout.split() == []
-    # The build's context: what is not named there stays outside.
-    assert (CHECKOUT / ".dockerignore").read_text().splitlines()[1] == "*"
-
-
-def test_image_is_as_large_as_its_page_says():
-    """By layer, so that what grew has a name; the base is that of the tests."""
     page = (CHECKOUT / "docs/container.md").read_text()
     (told_gigabytes,) = re.findall(r"The CPU image is ([0-9.]+) GB", page)
     told = {layer: float(megabytes) for layer, megabytes in re.findall(r"^\| (.+) \| (\d+) \|$", page, re.MULTILINE)}
@@ -75,19 +61,22 @@ def test_image_is_as_large_as_its_page_says():
     # The program comes as a wheel, which the next layer removes.
     found = dict(zip(told, [*sizes[:4], sum(sizes[4:])], strict=True))
     grown = {
-        layer: f"{found[layer]:.0f} MB" for layer in told if abs(found[layer] - told[layer]) > 3 + 0.03 * told[layer]
+        layer: f"{size:.0f} MB" for layer, size in found.items() if abs(size - told[layer]) > 3 + 0.03 * told[layer]
     }
     assert not grown, f"docs/container.md tells another size of these layers: {grown}"
-    (image,) = json.loads(podman("image", "inspect", IMAGE).stdout)
     assert abs(image["Size"] / 1e9 - float(told_gigabytes)) < 0.02, f"the image has {image['Size'] / 1e9:.2f} GB"
 
 
-def test_image_has_this_checkouts_program():
+def test_image_has_this_checkouts_program_alone():
+    places = "/opt /run /srv /tmp /scratch /home /var/cache/apt /var/lib/apt/lists"
+    script = f"find {places} -xdev -type f -size +0 ! -path '/opt/ddpm/*' ! -name lock; find /root -name .cache"
+    assert in_image(script, "--user", "0").split() == []
+    # The build's context: what is not named there stays outside.
+    assert (CHECKOUT / ".dockerignore").read_text().splitlines()[1] == "*"
     script = "cd /opt/ddpm/lib/python3*/site-packages && find ddpm job -type f ! -name '*.pyc' -exec sha256sum {} +"
-    found = podman("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", script).stdout.splitlines()
-    named = subprocess.run(["git", "ls-files", "ddpm", "job"], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    files = named.stdout.split()
-    assert sorted(found) == sorted(f"{sha256((CHECKOUT / name).read_bytes()).hexdigest()}  {name}" for name in files)
+    files = git(CHECKOUT, "ls-files", "ddpm", "job").split()
+    hashes = [f"{sha256((CHECKOUT / name).read_bytes()).hexdigest()}  {name}" for name in files]
+    assert sorted(in_image(script).splitlines()) == sorted(hashes)
 
 
 def test_launcher_is_pid_1(packed):
@@ -96,18 +85,18 @@ def test_launcher_is_pid_1(packed):
     name, user = "pid-1", f"{os.getuid()}:{os.getgid()}"
     words = training("signalled", "/bucket", 10_000)
     podman("run", "--detach", "--name", name, *CONFINED, "--user", user, "--mount", mount, IMAGE, *words)
-    pid = inspected(name)["Pid"]
+    pid = inspected(name)["State"]["Pid"]
     command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     assert command[1:3] == [b"/opt/ddpm/bin/ddpm", b"train"]
     ranks = Path(f"/proc/{pid}/task/{pid}/children")
-    eventually(lambda: ranks.read_text().split() and run.exists("config.yaml") and list_checkpoints(run), 120)
+    eventually(lambda: ranks.read_text().split() and images_saved(run), 400)
     # A child whose parent ends at once becomes PID 1's, and is gone when it ends.
     before = set(ranks.read_text().split())
-    podman("exec", name, "sh", "-c", "sleep 1 & exit 0")
+    podman("exec", name, "sh", "-c", "sleep 3 & exit 0")
     assert set(ranks.read_text().split()) > before
     eventually(lambda: set(ranks.read_text().split()) == before)
-    podman("stop", "--time", "60", name)
-    state = inspected(name)
+    podman("stop", "--time", "120", name)
+    state = inspected(name)["State"]
     assert (state["ExitCode"], state["OOMKilled"]) == (75, False)
     assert "everything is saved" in podman("logs", name).stderr
     podman("rm", name)

@@ -12,19 +12,7 @@ import torch
 
 import ddpm
 from ddpm import catalogue, metrics
-from ddpm.catalogue import (
-    EXTRACTORS,
-    GRIDS,
-    METRICS,
-    NETWORKS,
-    PREDICTIONS,
-    SAMPLERS,
-    SCHEDULES,
-    WEIGHTINGS,
-    Diffusion,
-    NetworkConfig,
-    SampleOptions,
-)
+from ddpm.catalogue import Diffusion, NetworkConfig, SampleOptions
 from ddpm.features import LOADERS
 from ddpm.grids import make_grid
 from ddpm.objective import Objective
@@ -43,7 +31,7 @@ def column(page: str, header: str) -> list[str]:
 
 def test_sampler_functions_take_their_options():
     settings = {field.name: field.default for field in fields(SampleOptions)}
-    for name, sampler in SAMPLERS.items():
+    for name, sampler in catalogue.SAMPLERS.items():
         if name == "own":
             continue
         _, _, _, _, *own = signature(FUNCTIONS[name]).parameters.values()
@@ -56,40 +44,40 @@ def test_sampler_functions_take_their_options():
 
 
 def test_each_name_has_its_formula():
-    assert [name for name, schedule in SCHEDULES.items() if schedule.has_betas] == list(TABLES)
+    assert [name for name, schedule in catalogue.SCHEDULES.items() if schedule.has_betas] == list(TABLES)
     process = make_process(Diffusion())
-    for grid in GRIDS.keys() - {"found"}:
+    for grid in catalogue.GRIDS.keys() - {"found"}:
         assert len(make_grid(process, 5, grid)) == 6
-    for schedule in SCHEDULES:
+    for schedule in catalogue.SCHEDULES:
         assert make_process(Diffusion(schedule, 7)).num_timesteps == 7
     point = process.numbered(torch.arange(0, 1000, 100))
-    for prediction in PREDICTIONS:
-        for weighting in WEIGHTINGS:
+    for prediction in catalogue.PREDICTIONS:
+        for weighting in catalogue.WEIGHTINGS:
             learnt = Objective(process, Prediction(prediction), Diffusion(weighting=weighting))
             assert learnt.weights(point).isfinite().all()
-    assert {name for name, metric in METRICS.items() if metric.of == "features"} == metrics.COMPARISONS.keys()
-    assert EXTRACTORS.keys() == LOADERS.keys()
+    assert {name for name, metric in catalogue.METRICS.items() if metric.of == "features"} == metrics.COMPARISONS.keys()
+    assert catalogue.EXTRACTORS.keys() == LOADERS.keys()
 
 
 def test_the_documentation_lists_the_same():
     page = (DOCS / "samplers.md").read_text()
-    for name, sampler in SAMPLERS.items():
+    for name, sampler in catalogue.SAMPLERS.items():
         if name != "own":
             options = " ".join(f"`--{option}`" for option in sampler.options)
             assert f"| `{name}` | {sampler.sentence} | {options} |\n" in page
-    for name, grid in GRIDS.items():
+    for name, grid in catalogue.GRIDS.items():
         assert f"| `{name}` | {grid.sentence} |\n" in page
-    assert column("notation.md", "process (`diffusion.schedule`)") == list(SCHEDULES)
-    assert column("notation.md", "`diffusion.prediction`") == list(PREDICTIONS)
-    assert column("notation.md", "`diffusion.weighting`") == list(WEIGHTINGS)
+    assert column("notation.md", "process (`diffusion.schedule`)") == list(catalogue.SCHEDULES)
+    assert column("notation.md", "`diffusion.prediction`") == list(catalogue.PREDICTIONS)
+    assert column("notation.md", "`diffusion.weighting`") == list(catalogue.WEIGHTINGS)
     draws = (DOCS / "notation.md").read_text().partition("**Draws** ")[2].partition("\n\n")[0]
     assert catalogue.DRAWS.keys() < {*re.findall(r"`(\w+)`", draws)}
-    scores = [score for name, metric in METRICS.items() for score in metric.scores or (name,)]
+    scores = [score for name, metric in catalogue.METRICS.items() for score in metric.scores or (name,)]
     assert column("evaluation.md", "score ") == scores
-    assert column("evaluation.md", "network ") == list(EXTRACTORS)
-    assert column("networks.md", "`model.kind`") == list(NETWORKS)
+    assert column("evaluation.md", "network ") == list(catalogue.EXTRACTORS)
+    assert column("networks.md", "`model.kind`") == list(catalogue.NETWORKS)
     page = (DOCS / "networks.md").read_text()
-    for network in NETWORKS.values():
+    for network in catalogue.NETWORKS.values():
         own = {field.name for field in fields(network)} - {field.name for field in fields(NetworkConfig)}
         row = page.partition(f"| `{network.kind}` |")[2].partition("\n")[0]
         assert own <= {*re.findall(r"`(\w+)`", row)}, network.kind

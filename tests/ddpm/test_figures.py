@@ -57,7 +57,8 @@ def frames_of(gif: bytes) -> Image.Image:
     return Image.fromarray(np.vstack(frames))
 
 
-def denoising(noise: torch.Tensor, **options: object) -> Image.Image:
+def denoising(**options: object) -> Image.Image:
+    noise = normal(0, (3, 3, 32, 32))
     x = torch.from_numpy(waves(3, 32, 32)).permute(0, 3, 1, 2).float() / 127.5 - 1
     steps = [figures.to_uint8(x * (i / 19) + noise * (1 - i / 19)) for i in range(20)]
     return frames_of(figures.denoising_gif(steps, **options))
@@ -66,6 +67,10 @@ def denoising(noise: torch.Tensor, **options: object) -> Image.Image:
 SCHEDULE = {r"$\beta_t$": linear_schedule().betas, r"$\bar\alpha_t$": linear_schedule().alphas_cumprod}
 NOISED = figures.noising_figure(waves(7, 32, 32), normal(0, (7, 3, 32, 32)), [f"t = {81 * i}" for i in range(7)])
 CLASSES = ([1, 0, 1, 1, 0], ["coast", "hills", "none of it"])
+CAPTIONS = {"labels": ["café", "Σ β", "a name far too long for a tile of this width", ""]}
+CAPTIONS |= {"row_labels": ["one", "two"], "column_labels": ["a", "b"]}
+OF_PAIRS = {"labels": list("abc"), "column_labels": ["x", "y"], "title": "run"}
+EPOCHS = [(f"epoch {number}", waves(13, 16, 16, phase=number)) for number in (30, 490)]
 SCORES = [
     {"images_seen": 3200 * epoch, "fid": 90 / epoch, "kid": 0.2 / epoch, "kid_std": 0.03, "real fid": 4.0}
     for epoch in range(1, 6)
@@ -73,22 +78,10 @@ SCORES = [
 PICTURES: dict[str, Callable[[], Image.Image | bytes]] = {
     "grid": lambda: figures.image_grid(waves(7, 5, 4), columns=3, padding=2, scale=3, title=SAID),
     "grid-grey": lambda: figures.image_grid(waves(2, 4, 4, 1), columns=6),
-    "grid-captions": lambda: figures.image_grid(
-        waves(4, 64, 64),
-        2,
-        labels=["café", "Σ β", "a name far too long for a tile of this width", ""],
-        row_labels=["one", "two"],
-        column_labels=["a", "b"],
-    ),
+    "grid-captions": lambda: figures.image_grid(waves(4, 64, 64), 2, **CAPTIONS),
     "pairs": lambda: figures.pairs_grid(waves(5, 32, 32), waves(5, 32, 32, phase=0.5), columns=2),
-    "pairs-captions": lambda: figures.pairs_grid(
-        waves(3, 32, 32), waves(3, 32, 32), columns=2, labels=list("abc"), column_labels=["x", "y"], title="run"
-    ),
-    "comparison": lambda: figures.comparison(
-        [(f"epoch {number}", waves(13, 16, 16, phase=number)) for number in (30, 490)],
-        [f"seed {seed}" for seed in range(13)],
-        title="a run",
-    ),
+    "pairs-captions": lambda: figures.pairs_grid(waves(3, 32, 32), waves(3, 32, 32), columns=2, **OF_PAIRS),
+    "comparison": lambda: figures.comparison(EPOCHS, [f"seed {seed}" for seed in range(13)], title="a run"),
     "comparison-reduced": lambda: figures.comparison([("epoch 1", waves(1, 512, 512))], [""]),
     "noising-original": lambda: NOISED.original,
     "noising-noised": lambda: NOISED.noised,
@@ -96,9 +89,7 @@ PICTURES: dict[str, Callable[[], Image.Image | bytes]] = {
     "sheet-classes": lambda: figures.contact_sheet(waves(5, 36, 36), *CLASSES, columns=2),
     "sheet-reduced": lambda: figures.contact_sheet(waves(4, 384, 256), title="four"),
     "sheet-many": lambda: figures.contact_sheet(waves(37, 16, 16)),
-    "gif": lambda: denoising(
-        normal(0, (3, 3, 32, 32)), columns=2, labels=[f"t = {i}" for i in range(20)], title="a run"
-    ),
+    "gif": lambda: denoising(columns=2, labels=[f"t = {i}" for i in range(20)], title="a run"),
     # Equal frames stay frames.
     "gif-still": lambda: frames_of(figures.denoising_gif([waves(2, 28, 28, 1)] * 20, scale=3)),
     "schedule": lambda: figures.schedule_figure(SCHEDULE, "linear"),
@@ -174,13 +165,8 @@ def test_to_uint8_keeps_every_level():
 
 def test_colours_are_those_of_lab():
     """At sRGB's corners, as tables of colours have them."""
-    known = {
-        (255, 0, 0): (53.24, 80.09, 67.20),
-        (0, 255, 0): (87.73, -86.18, 83.18),
-        (0, 0, 255): (32.30, 79.19, -107.86),
-        (255, 255, 255): (100, 0, 0),
-        (0, 0, 0): (0, 0, 0),
-    }
+    known = {(255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.73, -86.18, 83.18), (0, 0, 0): (0, 0, 0)}
+    known |= {(0, 0, 255): (32.30, 79.19, -107.86), (255, 255, 255): (100, 0, 0)}
     for rgb, lab in known.items():
         fields = figures.colours_of(np.full((1, 16, 16, 3), rgb, dtype=np.uint8))[0]
         coarse, fine = fields[:48].reshape(3, 16) * 4, fields[48:].reshape(3, 64) * 16

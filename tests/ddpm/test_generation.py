@@ -17,16 +17,7 @@ from ddpm import editing
 from ddpm.grids import make_grid
 from ddpm.model import Guidance, guided, make_denoiser
 from ddpm.objective import Condition
-from ddpm.process import (
-    CLEAN,
-    Point,
-    Prediction,
-    RectifiedFlow,
-    VarianceExploding,
-    cosine_schedule,
-    linear_schedule,
-    points_of,
-)
+from ddpm.process import CLEAN, Point, Prediction, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 from ddpm.samplers import Visit, ancestral, ddim
 from tests.ddpm.known import SHAPE, Gaussian, no_noise, normal, of_classes, point_of
 
@@ -105,10 +96,8 @@ def test_where_and_from_what_it_guides() -> None:
         assert_close(with_share[:, 3:], torch.full(SHAPE, 0.5))
     # Where nothing is left of the image, as at the end of a rectified flow, σ/α is infinite.
     flow_end = point_of(RectifiedFlow(), 999)
-    answers = [
-        guided(lambda x, point: x, lambda x, point: (x, 0 * x), Guidance(2.0, (0.5, high)))(X, flow_end)
-        for high in (inf, 80.0)
-    ]
+    only_x = Guidance(2.0, (0.5, inf)), Guidance(2.0, (0.5, 80.0))
+    answers = [guided(lambda x, point: x, lambda x, point: (x, 0 * x), how)(X, flow_end) for how in only_x]
     assert_close(answers[0], 2 * X)
     assert_close(answers[1], X)
 
@@ -123,21 +112,13 @@ def test_self_conditioning_sees_the_estimate_before(scale: float, clip: bool) ->
         seen.append(told.x_start)
         return x * (0.5 + 0.2 * told.labels.view(-1, 1, 1, 1))
 
-    denoise = make_denoiser(
-        network,
-        LINEAR,
-        Prediction("x0"),
-        CLASSES._replace(x_start=torch.zeros(SHAPE)),
-        clip=clip,
-        guidance=Guidance(scale),
-        null_class=NULL,
-    )
+    told = CLASSES._replace(x_start=torch.zeros(SHAPE))
+    how = {"clip": clip, "guidance": Guidance(scale), "null_class": NULL}
+    denoise = make_denoiser(network, LINEAR, Prediction("x0"), told, **how)
     # A step of Heun's method ends where the next one begins; then a jump, a trajectory, and one of a single step.
     visits = [(500, None), (400, 0), (400, 0), (300, 2), (450, None), (350, 4), (500, None), (500, None)]
-    estimates = [
-        denoise(3 * normal(seed, dtype=torch.float32), point_of(LINEAR, number))
-        for seed, (number, _) in enumerate(visits)
-    ]
+    xs = [3 * normal(seed, dtype=torch.float32) for seed in range(len(visits))]
+    estimates = [denoise(x, point_of(LINEAR, number)) for x, (number, _) in zip(xs, visits, strict=True)]
     assert (max(estimate.abs().max() for estimate in estimates) > 1) != clip
     times = 1 if scale == 1 else 2
     for given, (_, before) in zip(seen, visits, strict=True):
@@ -257,8 +238,9 @@ def test_inversion_is_closer_than_diffusers(make, table) -> None:
         for judge in judges:
             judge.set_timesteps(steps)
             for t in judge.timesteps:
-                (point,) = points_of(process.numbered(t.view(1)))
-                x = judge.step(Visit(point, x, data.denoise(x, point)).epsilon, t, x).prev_sample
+                x = judge.step(
+                    Visit(point := point_of(process, int(t)), x, data.denoise(x, point)).epsilon, t, x
+                ).prev_sample
         theirs.append(rms(x - image))
     assert ours[0] < 0.6 * theirs[0] and ours[1] < 0.25 * theirs[1] and ours[2] < 0.1 * theirs[2], (ours, theirs)
     assert ours[2] < 0.3 * ours[1], ours
@@ -304,19 +286,14 @@ def test_sampling_never_waits_for_the_device() -> None:
         network, v = (lambda x, t, told: torch.cat([x] * (1 + with_share), dim=1)), Prediction("v")
         return make_denoiser(network, LINEAR, v, condition, null_class=NULL, with_share=with_share, **how)
 
-    guidance = Guidance(2.0, rescale=0.5)
-    for walk in (
-        lambda denoise: ddim(denoise, x, points, lambda draw: x, 1.0),
-        lambda denoise: ancestral(denoise, x, points, lambda draw: x, "fixed_large"),
-        lambda _: ancestral(denoiser(True, guidance=guidance), x, points, lambda draw: x, "learned_range"),
-        *(
-            lambda denoise, walk=walk: walk(ddim, denoise, points, lambda draw: x)
-            for walk in (
-                partial(editing.inpaint, image=x, unknown=x > 0, path=editing.resampled(3, 1, 2)),
-                partial(editing.from_image, image=x, strength=0.5),
-                partial(editing.inverted, image=x, strength=0.5),
-                partial(editing.interpolate, other=lambda draw: x, weight=x[:, 0, 0, 0]),
-            )
-        ),
+    denoise, guidance, start = denoiser(False), Guidance(2.0, rescale=0.5), lambda draw: x
+    for found in (
+        ddim(denoise, x, points, start, 1.0),
+        ancestral(denoise, x, points, start, "fixed_large"),
+        ancestral(denoiser(True, guidance=guidance), x, points, start, "learned_range"),
+        editing.inpaint(ddim, denoise, points, start, image=x, unknown=x > 0, path=editing.resampled(3, 1, 2)),
+        editing.from_image(ddim, denoise, points, start, image=x, strength=0.5),
+        editing.inverted(ddim, denoise, points, start, image=x, strength=0.5),
+        editing.interpolate(ddim, denoise, points, start, other=start, weight=x[:, 0, 0, 0]),
     ):
-        assert walk(denoiser(False)).shape == SHAPE
+        assert found.shape == SHAPE

@@ -178,12 +178,9 @@ def test_the_networks_of_ho_are_read():
     found = interop.from_ho(theirs)
     assert found.keys() == ours.state_dict().keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in ours.state_dict().items())
-    shown = {key: SMALL[key] for key in interop.ho_options(found)} | {
-        "image_size": ImageSize(32, 32),
-        "attention_sizes": (16,),
-    }
-    assert interop.ho_options(found) == shown
-    assert interop.ho_options(found, ImageSize(16, 16)) == {key: SMALL[key] for key in shown}
+    known = {key: SMALL[key] for key in interop.ho_options(found)}
+    assert interop.ho_options(found) == known | {"image_size": ImageSize(32, 32), "attention_sizes": (16,)}
+    assert interop.ho_options(found, ImageSize(16, 16)) == known
 
 
 def test_prefixes_of_wrappers_are_removed():
@@ -191,11 +188,7 @@ def test_prefixes_of_wrappers_are_removed():
     for before in ("", "module.", "_orig_mod.module.", "model.", "module._orig_mod.model."):
         assert interop.without_prefixes({f"{before}{name}": tensor for name, tensor in weights.items()}) == weights
     averaged = {f"ema_model.model.{name}": tensor for name, tensor in weights.items()}
-    others = {
-        "online_model.model.conv_in.weight": torch.ones(1),
-        "step": torch.ones(()),
-        "ema_model.betas": torch.ones(3),
-    }
+    others = dict.fromkeys(("online_model.model.conv_in.weight", "step", "ema_model.betas"), torch.ones(1))
     assert interop.without_prefixes(averaged | others) == weights
 
 

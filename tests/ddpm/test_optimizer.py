@@ -63,13 +63,7 @@ def test_learning_rate_follows_images_seen() -> None:
 
 def test_decay_warms_up_with_batches_seen() -> None:
     assert Exponential(0.9999, warmup="none").decay_at(0, 128) == 0.9999
-    for images_seen, expected in (
-        (0, 1 / 10),
-        (64, 1.5 / 10.5),
-        (128, 2 / 11),
-        (128 * 90, 0.91),
-        (128 * 10**6, 0.9999),
-    ):
+    for images_seen, expected in {0: 0.1, 64: 1.5 / 10.5, 128: 2 / 11, 128 * 90: 0.91, 128 * 10**6: 0.9999}.items():
         found = Exponential(0.9999, warmup="ratio").decay_at(images_seen, 128)
         assert found == pytest.approx(expected), images_seen
 

@@ -11,12 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 PROGRAMS = ("gcloud", "terraform", "docker", "podman", "kubectl", "gke-gcloud-auth-plugin", "curl", "make")
-SYSTEM = "bash sh zsh env sed cat mktemp dirname rm tail head cksum tr cut mv mkdir cp python3 git pwd".split()  # noqa: SIM905
+SYSTEM = "bash sh zsh env sed cat mktemp dirname rm tail head cksum tr cut mv mkdir cp git pwd diff ls grep"
 TOKEN = "ya29.secret-token"
 PROJECT = "my-project"
 IMAGE = f"us-central1-docker.pkg.dev/{PROJECT}/ddpm/ddpm:latest"
@@ -41,11 +40,12 @@ for part, output, code in json.loads((folder / "answers").read_text()):
         print(output)
         sys.exit(code)
 """
-
-ANSWERS: list[tuple[str, str, int]] = [
+Answer = tuple[str, str, int]
+ANSWERS: list[Answer] = [
     ("gcloud auth list", "me@example.com", 0),
     ("gcloud auth print-access-token", TOKEN, 0),
     ("gcloud config get-value project", PROJECT, 0),
+    ("buckets describe", "", 1),
     ("terraform plan", "", 2),
     ("show -json", '{"resource_changes": [{"address": "a.b", "change": {"actions": ["create"]}}]}', 0),
     ("output -raw bucket", BUCKET, 0),
@@ -57,50 +57,59 @@ ANSWERS: list[tuple[str, str, int]] = [
     ("images describe", DIGEST, 0),
     ("ddpm data ensure", "", 66),
 ]
-"""What a program prints, and its exit code, by a part of its command line; the first that fits counts."""
+"""What a program prints, and its exit code, by a part of its command line; the first that fits counts.
+
+The bucket of Terraform's state is not there at first.
+"""
 _QUERIES = ("auth list", "auth application-default", "auth print-access", "config get-value", "buckets describe")
 _QUERIES += ("output -raw", "show -json", "data ensure", "images describe")
 
 
-@dataclass
 class Place:
-    """The copy, and what was called in it."""
+    """The copy, in a folder with a space in its name, whose programs are all recorded; and what was called in it."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.checkout, self.programs = folder, folder / "my checkout", folder / "bin"
+        copy_checkout(self.checkout, but=("tests/",))
+        program = _PROGRAM.format(python=sys.executable, folder=str(folder))
+        for path in (*(self.programs / name for name in PROGRAMS), self.checkout / ".venv/bin/ddpm"):
+            _write_program(path, program)
+        for name in filter(shutil.which, SYSTEM.split()):
+            (self.programs / name).symlink_to(str(shutil.which(name)))
+        _write_program(self.programs / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        self.answer()
 
-    @property
-    def checkout(self) -> Path:
-        return self.folder / "my checkout"
-
-    @property
-    def programs(self) -> Path:
-        return self.folder / "bin"
-
-    def answer(self, *first: tuple[str, str, int]) -> None:
+    def answer(self, *first: Answer) -> None:
         """Sets what programs answer: `first` counts before the usual."""
         (self.folder / "answers").write_text(json.dumps([*first, *ANSWERS]))
 
     def calls(self) -> list[list[str]]:
         """What was called since the last time, and changes something."""
         path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
+        called = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         path.unlink(missing_ok=True)
-        called = [json.loads(line) for line in lines]
         return [words for words in called if not any(query in " ".join(words) for query in _QUERIES)]
 
-    def bash(self, script: str, *words: str, shell: str = "bash", **variables: str) -> subprocess.CompletedProcess[str]:
+    def bash(self, script: str, *words: str, shell: str = "bash") -> subprocess.CompletedProcess[str]:
         """Runs a script in the copy; `$@` in it are `words`."""
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-        environment = {**kept, "PATH": str(self.programs), **variables}
         command = [shell, *(["-f"] if shell == "zsh" else []), "-c", script, shell, *words]
-        return subprocess.run(
-            command, cwd=self.checkout, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            check=False, timeout=250,
-        )  # fmt: skip
+        how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False, "timeout": 250}
+        return subprocess.run(command, cwd=self.checkout, env={**kept, "PATH": str(self.programs)}, **how)
 
-    def setup(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs `./setup.sh WORDS`."""
-        return self.bash('./setup.sh "$@"', *words, **variables)
+    def setup(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Runs `./setup.sh WORDS`, which must end with this code."""
+        done = self.bash('./setup.sh "$@"', *words)
+        assert done.returncode == code, (words, done.stdout, done.stderr)
+        return done
+
+    def use_real_programs(self) -> None:
+        """Puts the real `ddpm` and `make` there, with nothing to install."""
+        script = f'#!/bin/sh\nPYTHONPATH="$(dirname "$0")/../.." exec {sys.executable} -m job "$@"\n'
+        _write_program(self.checkout / ".venv/bin/ddpm", script)
+        (self.checkout / ".venv/.installed").touch()
+        (self.programs / "make").unlink()
+        (self.programs / "make").symlink_to(str(shutil.which("make")))
 
 
 def git(folder: Path, *words: str) -> str:
@@ -114,33 +123,6 @@ def copy_checkout(folder: Path, but: tuple[str, ...] = ()) -> None:
         if (CHECKOUT / name).is_file() and not name.startswith(but):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(CHECKOUT / name, folder / name)
-
-
-def make_place(folder: Path) -> Place:
-    """A copy of the checkout in a folder with a space in its name, whose programs are all recorded."""
-    place = Place(folder)
-    place.programs.mkdir(parents=True)
-    copy_checkout(place.checkout, but=("tests/",))
-    program = _PROGRAM.format(python=sys.executable, folder=str(folder))
-    for name in PROGRAMS:
-        _write_program(place.programs / name, program)
-    _write_program(place.checkout / ".venv/bin/ddpm", program)
-    for name in SYSTEM:
-        found = shutil.which(name)
-        if found and name != "python3":
-            (place.programs / name).symlink_to(found)
-    _write_program(place.programs / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    place.answer()
-    return place
-
-
-def real_program(place: Place) -> None:
-    """Puts the real `ddpm` and `make` there, with nothing to install."""
-    script = f'#!/bin/sh\nPYTHONPATH="$(dirname "$0")/../.." exec {sys.executable} -m job "$@"\n'
-    _write_program(place.checkout / ".venv/bin/ddpm", script)
-    (place.checkout / ".venv/.installed").touch()
-    (place.programs / "make").unlink()
-    (place.programs / "make").symlink_to(str(shutil.which("make")))
 
 
 def _write_program(path: Path, text: str) -> None:

@@ -27,30 +27,14 @@ DDPM = str(Path(sys.executable).with_name("ddpm"))
 COMMANDS = typer.main.get_command(app)
 """Made once: at each call Typer would read the signatures of all commands, which takes longer than many of them."""
 
-NETWORK = {
-    "model.channels": "8",
-    "model.channel_mults": "1,2",
-    "model.norm_groups": "4",
-    "model.attention_sizes": "8",
-    "model.layers_per_level": "2",
-    "model.scale_shift": "false",
-    "diffusion.schedule": "cosine",
-    "diffusion.prediction": "v",
-    "diffusion.weighting": "min_snr",
-    "diffusion.stratified": "false",
-    "diffusion.draws": "uniform",
-    "diffusion.draws_mean": "-1.2",
-    "diffusion.draws_std": "1.2",
-    "diffusion.timesteps": "50",
-    "train.learning_rate": "1e-3",
-    "train.precision": "fp32",
-    "train.batch_size": "24",
-    "sample.sampler": "ddim",
-    "sample.images": "4",
-    "sample.steps": "4",
-    "sample.every_epochs": "0",
-    "log.every_images": "72",
-}
+_NETWORK = """
+    model.channels=8 model.channel_mults=1,2 model.norm_groups=4 model.attention_sizes=8 model.layers_per_level=2
+    model.scale_shift=false diffusion.schedule=cosine diffusion.prediction=v diffusion.weighting=min_snr
+    diffusion.stratified=false diffusion.draws=uniform diffusion.draws_mean=-1.2 diffusion.draws_std=1.2
+    diffusion.timesteps=50 train.learning_rate=1e-3 train.precision=fp32 train.batch_size=24 sample.sampler=ddim
+    sample.images=4 sample.steps=4 sample.every_epochs=0 log.every_images=72
+"""
+NETWORK = dict(setting.split("=") for setting in _NETWORK.split())
 """A network that trains on the embedded images at 16 pixels in a second."""
 
 
@@ -82,7 +66,7 @@ def ddpm(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
 
 

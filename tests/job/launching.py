@@ -1,16 +1,23 @@
-"""A launcher in a process of its own, whose ranks run a few lines of Python instead of the command line."""
+"""A launcher in a process of its own, whose ranks run a few lines of Python; stops; and leases of others."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from job.coordination import lease as lease_module
+from job.coordination.lease import LEASE_KEY, Lease, ProcessIdentity
+from job.stop import NEVER, SPOT_GRACE_SECONDS, Stop
+from job.store import Store
 
 _PROLOGUE = """
 from job.processes.launcher import attach
@@ -87,3 +94,47 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
+
+
+class StopWhen(Stop):
+    """Stops as soon as `condition` is true, which is looked at whenever somebody asks."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        super().__init__(SPOT_GRACE_SECONDS)
+        self._condition = condition
+
+    def __call__(self) -> bool:
+        if not self.reason and self._condition():
+            self.request("a test")
+        return super().__call__()
+
+
+def stop_after(times: int) -> Stop:
+    """Stops when somebody has asked so often in vain."""
+    asked = count()
+    return StopWhen(lambda: next(asked) >= times)
+
+
+QUICK = {"RENEW_SECONDS": 0.1, "AGAIN_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
+"""The expiry stays as it is, so that a machine that is busy elsewhere makes no holder look dead."""
+Notes = list[str]
+
+
+def taken(run: Store, floor: int = 0, wait_seconds: float = 0, notes: Notes | None = None) -> Lease:
+    return Lease.take(run, floor, wait_seconds, NEVER, (notes if notes is not None else []).append)
+
+
+def record_in(run: Store) -> dict[str, Any]:
+    return json.loads(run.read(LEASE_KEY).data)
+
+
+def by_somebody_elsewhere(run: Store, fence: int = 4, since: str = "2031-01-01T00:00:00Z") -> bytes:
+    """The lease of a holder on another machine, of whom nothing more is heard."""
+    elsewhere = ProcessIdentity.of_this_process().model_copy(
+        update={"host": "far-away", "pid": 77, "boot_id": "00000000-0000-4000-8000-000000000000"}
+    )
+    record = lease_module.LeaseRecord(
+        fence=fence, holder=f"holder-{since}", renewal=9, released=False, since=since, process=elsewhere
+    )
+    run.put(LEASE_KEY, record.to_json())
+    return record.to_json()

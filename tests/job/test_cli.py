@@ -1,11 +1,16 @@
-"""The command line on its good days, from images to pictures, in a folder; `test_secrets` uses an object server."""
+"""The command line on its good days, from images to pictures, in a folder; `test_security` uses an object server.
+
+And what a script and a notebook call instead: `job.load` and `ddpm.load`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,10 +20,13 @@ import typer
 import yaml
 from PIL import Image
 
+import ddpm as science
 import job
 from job.cli.app import app
-from job.exits import Exit
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from job.exits import BadRequestError, Exit, MissingInputError
+from job.runs.checkpoints import list_checkpoints
+from job.store import open_store
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, settings, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
@@ -42,24 +50,33 @@ def test_help_is_whole_and_light():
         assert f" ddpm {name}".rstrip() in out.partition("Example")[2], name
         assert not [line for line in out.splitlines()[1:] if line.endswith("...")], name
     for name in ("", "submit train", "jobs logs"):
-        words = [sys.executable, "-X", "importtime", DDPM, *name.split(), "--help"]
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60)
+        done = ddpm(*name.split(), "--help", program=(sys.executable, "-X", "importtime", DDPM))
         assert done.stdout.startswith(f"Usage: ddpm {name}".rstrip())
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
         assert "typer" in imported
         assert not imported & HEAVY, name
 
 
-def test_version_and_completion():
+def test_processes_end_well(tmp_path):
     assert succeeded(ddpm("--version")) == f"ddpm {job.__version__}\n"
     assert succeeded(ddpm("--version", program=(sys.executable, "-m", "job"))) == f"ddpm {job.__version__}\n"
-    words = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": "ddpm data ", "COMP_CWORD": "2"}
-    assert {"pack", "list"} <= set(succeeded(ddpm(**words)).split())
+    # Exit handlers of libraries run.
+    program = "import atexit; atexit.register(print, 'cleared away'); from job.__main__ import main; main()"
+    for words, code in (("--version", Exit.FINISHED), ("--nonsense", Exit.USAGE)):
+        done = ddpm(words, program=(sys.executable, "-c", program))
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "cleared away")
+    # A terminal that is an ASCII one gets escapes.
+    photos = zip_of(tmp_path / os.fsdecode(b"caf\xe9.zip"), [(f"{n}.jpg", jpeg(n)) for n in range(3)])
+    words = ("data", "pack", photos, "mine", "--size", 16, "--bucket", tmp_path / "bucket")
+    out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
+    assert "3 colour, 16\\xd716 pixels" in out
+    assert "made     from caf%E9.zip" in out
 
 
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
+        ("data li", ["list"]),
         ("train --bucket {} --dataset t", ["tiles"]),
         ("submit train --bucket {} --dataset t", ["tiles"]),
         ("runs compare walk --bucket {} w", ["walk"]),
@@ -76,10 +93,11 @@ def test_values_are_completed(bucket, words, offered):
 
 
 def test_datasets_are_listed_and_shown(bucket):
-    header, row = succeeded(ddpm_here("data", "list", "--bucket", bucket)).splitlines()
+    place, licence = ("--bucket", bucket), "CC0 [/bold] [link=x]:smile:"
+    header, row = succeeded(ddpm_here("data", "list", *place)).splitlines()
     assert header.split()[:4] == ["dataset", "size", "images", "classes"]
     assert row.split()[:4] == ["tiles", "16", "299", "5"]
-    out = succeeded(ddpm_here("data", "show", "tiles", "--bucket", bucket))
+    out = succeeded(ddpm_here("data", "show", "tiles", *place))
     counts = {name: int(count) for name, count in re.findall(r"^  (\w+) +(\d+) images$", out, re.MULTILINE)}
     assert sorted(counts) == ["coast", "desert", "hills", "mountain", "skyline"]
     assert sum(counts.values()) == 299
@@ -87,46 +105,49 @@ def test_datasets_are_listed_and_shown(bucket):
     sheet = Image.open(bucket / "datasets/tiles-16/preview.png")
     assert min(sheet.size) > 300
     assert len(sheet.getcolors(1 << 24)) > 1000
+    # Listings leave out foreign objects, and obey no markup.
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
+    folder_of(
+        bucket, [(f"{name}.txt", b"mine") for name in ("runs/My_Notes/todo", "datasets/notes/todo", "runs/readme")]
+    )
+    assert "My_Notes" not in succeeded(ddpm_here("runs", "list", *place))
+    out = succeeded(ddpm_here("data", "list", DDPM_BUCKET=str(bucket), COLUMNS="40"))
+    assert ["tiles", "16", "299"] in [line.split()[:3] for line in out.splitlines()]
+    assert licence in succeeded(ddpm_here("data", "list", *place, COLUMNS="200"))
 
 
-def test_a_finished_run_lists_its_results(bucket):
+def test_a_finished_run_is_listed_and_shown(bucket):
+    run, place = bucket / "runs/walk", ("--bucket", bucket)
     # To ask for fewer epochs than there are is no mistake.
     for epochs in (3, 1):
-        words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
-        out = succeeded(ddpm_here("train", *words))
+        out = succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "walk", *place, "--epochs", epochs))
         assert out.splitlines() == [
             "Run 'walk' is finished already: 3 epochs, 912 images seen.",
-            f"page        {bucket}/runs/walk/report.html",
-            f"samples     {bucket}/runs/walk/samples/epoch-0003-ddim-4.png",
+            f"page        {run}/report.html",
+            f"samples     {run}/samples/epoch-0003-ddim-4.png",
             "train more  add --epochs 6 (make: EPOCHS=6)",
         ]
-    run = bucket / "runs/walk"
     pictures = [run / name for name in ("samples/epoch-0003-ddim-4.png", "figures/loss.png")]
     assert all(len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 10 for path in pictures)
     config = yaml.safe_load((run / "config.yaml").read_bytes())
     assert (config["data"]["size"], config["data"]["channels"], config["model"]["num_classes"]) == (16, 3, 5)
 
-
-def test_runs_are_listed_and_shown(bucket):
-    _, row = succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()
+    _, row = succeeded(ddpm_here("runs", "list", *place)).splitlines()
     assert row.split()[:4] == ["walk", "finished", "3.0", "912/912"]
     loss, rate, left, as_of = row.replace(",", "").split()[4:]
     assert left == "-"
     assert 0 < float(loss) < 2
     assert float(rate) > 1
     assert abs(datetime.now(UTC) - datetime.fromisoformat(as_of)) < timedelta(hours=1)
-    out = succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
-    assert "state       finished" in out
-    assert "images seen 912 of 912" in out
-    assert "newest      checkpoints/000001-000000000912," in out
-    assert "checkpoints 2: epoch 1, epoch 3" in out
+    out = succeeded(ddpm_here("runs", "show", "walk", *place))
+    lines = ("state       finished", "images seen 912 of 912", "newest      checkpoints/000001-000000000912,")
+    assert all(line in out for line in (*lines, "checkpoints 2: epoch 1, epoch 3"))
     assert re.search(r"^attempt 1   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)
-    run = bucket / "runs/walk"
     assert out.startswith(f"run         walk  ({run})\n") and out.endswith(f"page        {run}/report.html\n")
 
 
-def test_images_are_noised(bucket, tmp_path):
-    output = tmp_path / "n.png"
+def test_figures_of_noise_follow_the_schedule(bucket, tmp_path):
+    output, walk = tmp_path / "n.png", ("--run", "walk", "--bucket", bucket)
     words = ("figure", "noising", "--dataset", "tiles", "--timesteps", "0,999", "-o", output, "--bucket", bucket)
     names = [Path(line).name for line in succeeded(ddpm_here(*words)).splitlines()]
     assert names == ["n.png", "n-original.png", "n-noised.png"]
@@ -136,59 +157,46 @@ def test_images_are_noised(bucket, tmp_path):
     half = original.shape[1] // 2
     assert np.abs(original - noised)[:, :half].mean() < 8 < 40 < np.abs(original - noised)[:, half:].mean()
 
-
-def test_one_image_gets_noisier_by_the_schedule_of_a_run(bucket, tmp_path):
-    output, walk = tmp_path / "n.png", ("--run", "walk", "--bucket", bucket)
+    # One image gets noisier by the schedule of a run, in tiles of 6 times 16 pixels, with captions under them.
     assert succeeded(ddpm_here("figure", "noising", *walk, "--image", 3, "-o", output)) == f"{output}\n"
-    # Tiles of 6 times 16 pixels, with captions under them.
     picture = np.asarray(Image.open(output).convert("RGB"), float)
     top = np.flatnonzero((picture[:, 4:100] < 255).any(axis=2).all(axis=1))[0]
     tiles = [picture[y : y + 96, 4 + 100 * x : 100 + 100 * x] for y in (top, top + 126) for x in range(6)]
     distances = [np.abs(tile - tiles[0]).mean() for tile in tiles]
     assert distances == sorted(distances) and distances[11] > 60
-    # It has 50 timesteps, and plots differ in their titles alone.
-    plots = []
-    for words in (walk, ("--schedule", "cosine", "--timesteps", 50), ("--schedule", "cosine")):
-        succeeded(ddpm_here("figure", "schedule", *words, "-o", output))
-        plots.append(np.asarray(Image.open(output))[35:])
-    assert np.array_equal(plots[0], plots[1]) and not np.array_equal(plots[0], plots[2])
     assert "99 is not in 0 to 49" in refused(ddpm_here("figure", "noising", *walk, "--timesteps", 99), Exit.BAD_REQUEST)
     line = refused(ddpm_here("figure", "schedule", *walk, "--schedule", "edm"), Exit.BAD_REQUEST)
     assert "run 'walk' has a schedule of its own" in line
 
-
-def test_denoising_is_a_gif(bucket):
-    out = succeeded(ddpm_here("sample", "--run", "walk", "--seeds", "3,5", "--gif", "--bucket", bucket))
-    gif = Image.open(out.split()[-1])
-    assert (gif.n_frames, gif.info["duration"]) == (5, 200)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "edm", "flow"])
-def test_the_schedule_needs_no_bucket(tmp_path, kind):
-    output = tmp_path / "schedule.png"
-    assert succeeded(ddpm_here("figure", "schedule", "--schedule", kind, "-o", output)) == f"{output}\n"
-    assert Image.open(output).size == (640, 480)
+    # That run has 50 timesteps, and plots differ in their titles alone. Other schedules need no bucket.
+    plots = []
+    for which in ("cosine --timesteps 50", "cosine", "edm", "flow", walk):
+        words = ("--schedule", *which.split()) if isinstance(which, str) else which
+        assert succeeded(ddpm_here("figure", "schedule", *words, "-o", output)) == f"{output}\n"
+        plots.append(np.asarray(Image.open(output)))
+        assert plots[-1].shape[:2] == (480, 640)
+    assert [np.array_equal(plots[-1][35:], plot[35:]) for plot in plots] == [True, False, False, False, True]
 
 
 def test_ensure_packs_only_a_missing_dataset(tmp_path):
     photos = folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(6)])
-    words = ("data", "ensure", "mine", "--bucket", tmp_path / "bucket", "--source", photos)
-    # Without a preset or a size it is made for the network of the preset it will be trained with.
-    assert "6 colour, 32×32 pixels" in succeeded(ddpm_here(*words))
-    done = ddpm_here(*words)
+    words = ("data", "ensure", "mine", "--bucket", tmp_path / "bucket")
     there, said = f"{tmp_path}/bucket/datasets/mine", "is there already: 6 images of photos"
-    same = f"{said}; SOURCE has not changed"
-    assert (succeeded(done), done.stderr) == ("", f"{there}-32 {same}\n")
-    done = ddpm_here(*words[:-2])
-    assert (succeeded(done), done.stderr) == ("", f"{there}-32 {said}\n")
-    assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
-    done = ddpm_here(*words, "--size", 16, "--no-classes")
-    assert done.stderr == f"{there}-16 {same}\n"
-    done = ddpm_here(*words[:-2], "--size", 16, "--no-classes")
-    assert done.stderr == f"{there}-16 {said}; labels, classes and split stay as they are\n"
-    done = ddpm_here(*words)
-    assert done.stderr == f"{there} is there already, at several sizes; SOURCE is not compared\n"
-    assert succeeded(ddpm_here(*words[:-2])) == done.stdout == ""
+    compared = f"{said}; SOURCE has not changed"
+    # Without a preset or a size it is made for the network of the preset it will be trained with.
+    for more, packed, line in (
+        (("--source", photos), "6 colour, 32×32 pixels", ""),
+        (("--source", photos), "", f"-32 {compared}"),
+        ((), "", f"-32 {said}"),
+        (("--source", photos, "--size", 16), "6 colour, 16×16 pixels", ""),
+        (("--source", photos, "--size", 16, "--no-classes"), "", f"-16 {compared}"),
+        (("--size", 16, "--no-classes"), "", f"-16 {said}; labels, classes and split stay as they are"),
+        (("--source", photos), "", " is there already, at several sizes; SOURCE is not compared"),
+        ((), "", ""),
+    ):
+        done = ddpm_here(*words, *more)
+        assert packed in succeeded(done) and bool(packed) == bool(done.stdout)
+        assert not line or done.stderr == f"{there}{line}\n"
 
 
 def test_a_tilde_is_the_home_folder(tmp_path):
@@ -203,29 +211,98 @@ def test_a_tilde_is_the_home_folder(tmp_path):
         assert "far" in refused(ddpm_here(*words, "~/mine.yaml", HOME=str(tmp_path)), Exit.BAD_CONFIG)
 
 
-def test_listings_leave_out_foreign_objects(bucket):
-    licence = "CC0 [/bold] [link=x]:smile:"
-    place = ("--bucket", bucket)
-    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
-    for name in ("runs/My_Notes/todo.txt", "datasets/notes/todo.txt", "runs/readme.txt"):
-        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
-        (bucket / name).write_text("mine")
-    assert "My_Notes" not in succeeded(ddpm_here("runs", "list", *place))
-    out = succeeded(ddpm_here("data", "list", DDPM_BUCKET=str(bucket), COLUMNS="40"))
-    assert ["tiles", "16", "299"] in [line.split()[:3] for line in out.splitlines()]
-    assert licence in succeeded(ddpm_here("data", "list", *place, COLUMNS="200"))
+def pixels(pictures) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
 
 
-def test_an_ascii_terminal_gets_escapes(tmp_path):
-    photos = zip_of(tmp_path / os.fsdecode(b"caf\xe9.zip"), [(f"{n}.jpg", jpeg(n)) for n in range(3)])
-    words = ("data", "pack", photos, "mine", "--size", 16, "--bucket", tmp_path / "bucket")
-    out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
-    assert "3 colour, 16\\xd716 pixels" in out
-    assert "made     from caf%E9.zip" in out
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("", {}),
+        ("--sampler ddpm", {"sampler": "ddpm"}),
+        ("--classes hills,coast --steps 7", {"classes": ["hills", 0], "steps": 7}),
+    ],
+)
+def test_a_loaded_model_draws_what_the_command_does(bucket, words, options):
+    about = ("--run", "walk", "--bucket", bucket, "--count", 6, "--save", "png", "--first-seed", 3)
+    succeeded(ddpm_here("sample", *about, *words.split()))
+    (folder,) = (bucket / "runs/walk/samples").glob("epoch-0003-*-3-6-*")
+    theirs = pixels([Image.open(path) for path in sorted(folder.glob("piece-*/*.png"))])
+    model = job.load(f"{bucket}/runs/walk", device="cpu")
+    assert abs(pixels(model.sample(6, seed=3, **options)) - theirs).max() <= 1
 
 
-def test_exit_handlers_of_libraries_run():
-    program = "import atexit; atexit.register(print, 'cleared away'); from job.__main__ import main; main()"
-    for words, code in (("--version", Exit.FINISHED), ("--nonsense", Exit.USAGE)):
-        done = subprocess.run([sys.executable, "-c", program, words], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "cleared away")
+def test_epochs_and_weights_are_chosen(bucket):
+    def drawn(**which):
+        return job.load(f"{bucket}/runs/walk/", device="cpu", **which).sample(2, steps=4, as_tensor=True)
+
+    last = drawn(epoch=3)
+    assert (last != drawn(epoch=1)).any()
+    assert (last != drawn(weights="model")).any()
+    average = job.load(f"{bucket}/runs/walk/", weights="ema-0.1", device="cpu")
+    assert average.classes == ("coast", "desert", "hills", "mountain", "skyline")
+    for uri, which, error, said in (
+        ("walk", {}, BadRequestError, "is not the folder of a run: use one such as gs://my-bucket/runs/celeba"),
+        ("runs/walking", {}, MissingInputError, "there is no run 'walking'"),
+        ("runs/walk", {"epoch": 2}, MissingInputError, r"has no checkpoint of epoch 2: .* \(there are: 1, 3\)"),
+    ):
+        with pytest.raises(error, match=said):
+            job.load(f"{bucket}/{uri}", **which)
+    gif = Image.open(
+        succeeded(ddpm_here("sample", "--run", "walk", "--seeds", "3,5", "--gif", "--bucket", bucket)).split()[-1]
+    )
+    assert (gif.n_frames, gif.info["duration"]) == (5, 200)
+
+
+def test_an_export_is_the_same_model(bucket, tmp_path):
+    augmented = ("--run", "augmented", "--epochs", 1, *settings(data__augment="0.1", sample__every_epochs="0"))
+    succeeded(ddpm_here("train", "--dataset", "tiles", *augmented, "--bucket", bucket))
+    for run in ("augmented", "walk"):
+        folder = tmp_path / run
+        succeeded(ddpm_here("export", "--run", run, "--bucket", bucket, "--to", folder))
+        there, here = science.load(folder, device="cpu"), job.load(f"{bucket}/runs/{run}", device="cpu")
+        for options in ({}, {"classes": "hills"}):
+            assert (pixels(there.sample(2, steps=2, **options)) == pixels(here.sample(2, steps=2, **options))).all()
+    what = "Model(UNet, 64,643 parameters, images 3×16×16, prediction v, schedule cosine, 5 classes, from "
+    assert (repr(here), repr(there)) == (f"{what}{bucket}/runs/walk, epoch 3, weights ema)", f"{what}{folder})")
+
+
+def test_who_may_only_read_may_load(walked):
+    """From a bucket of which this process can change nothing, also where it is root's, who may write anywhere."""
+    user, nobody = os.geteuid(), 65534
+    with tempfile.TemporaryDirectory() as folder:
+        copied = shutil.copytree(walked, Path(folder, "bucket"))
+        paths = [Path(folder), copied, *copied.rglob("*")]
+        for path in paths:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        os.seteuid(user or nobody)
+        try:
+            assert len(job.load(f"{copied}/runs/walk", device="cpu").sample(1, steps=2)) == 1
+        finally:
+            os.seteuid(user)
+            for path in paths:
+                path.chmod(0o755)
+        assert not list((copied / "runs/walk").glob("reading/*"))
+
+
+@pytest.mark.parametrize("words", ["runs list --json", "runs list", "--help", "config --list"])
+def test_a_closed_pipe_is_no_failure(bucket, words):
+    """As `head` and pagers are."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    variables = environment(PYTHONUNBUFFERED="1", DDPM_BUCKET=str(bucket))
+    with os.fdopen(writes, "w") as output:
+        command = [DDPM, *words.split()]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=variables, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (Exit.FINISHED, b"")
+
+
+@pytest.mark.slow
+def test_a_run_is_trained(bucket, tmp_path):
+    """By somebody who has closed its streams, as daemons do, and in a folder that has a `job` of its own."""
+    (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")
+    words = ("submit", "train", "--dataset", "tiles", "--bucket", bucket, "--epochs", 1, *settings(), "--on", "local")
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", DDPM, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), check=False, timeout=120)
+    assert done.returncode == Exit.FINISHED
+    assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/tiles"))] == [312]

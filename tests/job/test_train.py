@@ -1,12 +1,17 @@
-"""Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing."""
+"""Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing, and looking back."""
 
+import hashlib
 import io
 import json
+import os
+import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -28,16 +33,19 @@ from job.runs.records import read_status
 from job.store import open_store
 from job.store.files import scratch_folder
 from job.training import reporting
-from job.training.session import run_training
+from job.training.session import TrainingSession, run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
-from tests.job.stops import StopWhen
+from tests.job.launching import StopWhen
+from tests.job.some_images import files_in
 
-SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
-SMALL |= {"model.layers_per_level": "1"}
-EVERYTHING = {"model__dropout": 0.1, "data__augment": 0.5, "data__crop_scale": "0.5,1", "ema__stds": "0.05,0.1"}
-EVERYTHING |= {"ema__warmup": "edm", "ema__snapshot_epochs": 1, "train__weight_decay": 0.1}
-EVERYTHING |= {"train__learning_rate_decay": "cosine", "train__decay_images": 700, "model__label_dropout": 0.3}
-EVERYTHING |= {"diffusion__self_conditioning": True, "diffusion__variance": "learned_range"}
+SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.keep_last": "99", "model.layers_per_level": "1"}
+# On a busy machine the usual cadence would save within an epoch, and other attempts would count.
+SMALL |= {"checkpoint.every_minutes": "60"}
+EVERYTHING = (
+    "model.dropout=0.1 data.augment=0.5 data.crop_scale=0.5,1 ema.stds=0.05,0.1 ema.warmup=edm ema.snapshot_epochs=1 "
+    "train.weight_decay=0.1 train.learning_rate_decay=cosine train.decay_images=700 model.label_dropout=0.3 "
+    "diffusion.self_conditioning=true diffusion.variance=learned_range"
+)
 """What must be a function of images seen, or lie in the checkpoint."""
 
 
@@ -47,38 +55,45 @@ def packed(tiles, tmp_path_factory) -> Path:
     return shutil.copytree(tiles, tmp_path_factory.mktemp("train") / "bucket")
 
 
-@pytest.fixture
-def train(packed):
-    """Trains in this process; it is asked to stop after so many steps, or so many questions `asked_by` another."""
+def train(
+    bucket, run, sets="", *, dataset="tiles", epochs=None, stop_after=None, asked_by="after_step", of=None, ending=None
+):
+    """Trains in this process until it ends as it must, and says how.
 
-    def train(run, *, dataset="tiles", epochs=None, stop_after=None, asked_by="after_step", **changes):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        steps = count()
+    It is asked to stop after so many steps, or so many questions `asked_by` another.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    asked = count()
 
-        def is_enough() -> bool:
-            # Whoever waits asks, too, as often as it happens to wait.
-            is_asked = sys._getframe(2).f_code.co_name == asked_by
-            return stop_after is not None and is_asked and next(steps) >= stop_after
+    def is_enough() -> bool:
+        # Whoever waits asks, too, as often as it happens to wait.
+        return stop_after is not None and sys._getframe(2).f_code.co_name == asked_by and next(asked) >= stop_after
 
-        keys = {name.replace("__", "."): value for name, value in changes.items()}
-        base = SMALL if epochs else {}
-        if "model.kind" in keys:
-            base = {key: value for key, value in base.items() if not key.startswith("model.")}
-        sets = tuple(f"{key}={value}" for key, value in (base | keys).items())
-        request = TrainRequest(dataset, bucket=str(packed), run=run, epochs=epochs, sets=sets)
+    base = SMALL if epochs else {}
+    if of or "model.kind" in sets:
+        base = {key: value for key, value in base.items() if not key.startswith("model.")}
+    chosen = base | dict(word.split("=") for word in sets.split())
+    words = tuple(f"{key}={value}" for key, value in chosen.items())
+    request = TrainRequest(dataset, bucket=str(bucket), run=run, epochs=epochs, sets=words, from_=of)
+    ending = ending or (StoppedError if stop_after is not None else None)
+    with pytest.raises(ending) if ending else nullcontext() as ended:
         run_training(request.check(), StopWhen(is_enough))
-
-    return train
-
-
-def run_of(packed, name):
-    return open_store(str(packed)).sub(f"runs/{name}")
+    return ended and ended.value
 
 
-def final_state(run):
+def run_of(bucket, name):
+    return open_store(str(bucket)).sub(f"runs/{name}")
+
+
+def kept(bucket, name):
+    """Images seen at the checkpoints of a run."""
+    return [ref.images_seen for ref in list_checkpoints(run_of(bucket, name))]
+
+
+def final_state(bucket, name):
     """All tensors of the newest checkpoint, those of the snapshots too, and the metric rows without the clock."""
+    run, tensors = run_of(bucket, name), {}
     ref = max(list_checkpoints(run))
-    tensors = {}
     with scratch_folder("restored") as folder:
         restored = restore(run, ref, folder=folder)
         for group, paths in restored.files.items():
@@ -89,60 +104,64 @@ def final_state(run):
             images_seen = located(file.key).checkpoint.images_seen
             content = load(file.read(run)).items()
             tensors |= {f"{file.name} at {images_seen}: {name}": tensor for name, tensor in content}
-    for row in rows:
-        del row["time"]
-        row.pop("images_per_second", None)
-        row.pop("memory_bytes", None)
+    clock = ("time", "images_per_second", "memory_bytes")
+    return ref, tensors, [{key: value for key, value in row.items() if key not in clock} for row in rows]
+
+
+def equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def bit_equal(bucket, one, other):
+    """The final state of two runs, which must have the same tensors and rows; the checkpoint is that of the other."""
+    (ref_of_one, some, rows_of_one), (ref, tensors, rows) = (final_state(bucket, name) for name in (one, other))
+    assert ref_of_one.images_seen == ref.images_seen and rows_of_one == rows
+    assert equal(some, tensors)
     return ref, tensors, rows
 
 
-def test_a_resumed_run_is_bit_equal(train, packed, capsys):
-    train("a", epochs=2, **EVERYTHING)
-    for stop_after in (5, 9):
-        with pytest.raises(StoppedError):
-            train("b", epochs=2, stop_after=stop_after, **EVERYTHING)
-    train("b", epochs=2, **EVERYTHING)
-    (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, name)) for name in "ab")
-    assert ref_a.images_seen == ref_b.images_seen == 600
-    assert (ref_a.fence, ref_b.fence) == (1, 3)
+def test_a_resumed_run_is_bit_equal(packed, capsys):
+    train(packed, "a", EVERYTHING, epochs=2)
+    for stop_after in (5, 9, None):
+        train(packed, "b", EVERYTHING, epochs=2, stop_after=stop_after)
+    ref, tensors, rows = bit_equal(packed, "a", "b")
+    assert (ref.fence, ref.images_seen) == (3, 600)
     said = [line for line in capsys.readouterr().err.splitlines() if "attempt" in line]
     assert said[:2] == ["beginning, image 0, attempt 1"] * 2
     assert said[2:] == [f"resuming at epoch {at}" for at in ("0.5, image 144, attempt 2", "1.3, image 384, attempt 3")]
-    assert tensors_a.keys() == tensors_b.keys()
-    assert {name.partition(":")[0] for name in tensors_a} > {
-        f"ema-{std}-00.safetensors at {images_seen}" for std in (0.05, 0.1) for images_seen in (312, 600)
-    }
-    assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
-    assert rows_a == rows_b
-    assert [row["images_seen"] for row in rows_a] == list(range(72, 600, 72))
-    assert all(np.isfinite(row["loss"]) for row in rows_a)
+    snapshots = {f"ema-{std}-00.safetensors at {images_seen}" for std in (0.05, 0.1) for images_seen in (312, 600)}
+    assert {name.partition(":")[0] for name in tensors} > snapshots
+    assert [row["images_seen"] for row in rows] == list(range(72, 600, 72))
+    assert all(np.isfinite(row["loss"]) for row in rows)
 
 
 @pytest.mark.slow
-def test_held_out_images_are_never_learnt(train, packed, capsys):
+def test_held_out_images_are_never_learnt(packed, capsys):
     words = ("data", "pack", "landscape-sample", "parted", "--size", 16, "--hold-out", "20%", "--bucket", packed)
     succeeded(ddpm_here(*words))
-    options = {"dataset": "parted", "sample__batch_size": 16, "train__batch_size": 32}
-    train("watched", epochs=2, **options)
-    with pytest.raises(StoppedError):
-        # At the second batch of the first look.
-        train("stopped", epochs=2, stop_after=1, asked_by="check_agreed", **options)
-    train("stopped", epochs=2, **options)
-    train("unwatched", epochs=2, log__validate_epochs=0, **options)
-    (_, watched, rows), (ref, stopped, rows_stopped), (_, unwatched, rows_without) = (
-        final_state(run_of(packed, name)) for name in ("watched", "stopped", "unwatched")
-    )
+    options, sizes = {"dataset": "parted", "epochs": 2}, "sample.batch_size=16 train.batch_size=32"
+    train(packed, "watched", sizes, **options)
+    # At the second batch of the first look.
+    train(packed, "stopped", sizes, stop_after=1, asked_by="check_agreed", **options)
+    train(packed, "stopped", sizes, **options)
+    train(packed, "unwatched", f"{sizes} log.validate_epochs=0", **options)
+    ref, watched, rows = bit_equal(packed, "watched", "stopped")
+    _, unwatched, rows_without = final_state(packed, "unwatched")
     assert ref.fence == 2
-    assert all(torch.equal(watched[name], other[name]) for other in (stopped, unwatched) for name in watched)
-    assert rows == rows_stopped
+    assert equal(watched, unwatched)
     looks = [row for row in rows if "val_loss" in row]
     assert [row for row in rows if row not in looks] == rows_without
     assert [round(row["epoch"], 1) for row in looks] == [1.0, 2.1]
     assert all(0 < row[f"val_loss_q{quarter}"] < 2 for row in looks for quarter in range(4))
     assert all(1 < row["val_bits_per_dim"] < 20 for row in looks)
 
+    # A child begins with a look at the weights of its parent.
+    train(packed, "child", f"{sizes} train.warmup_images=0", dataset="parted", epochs=1, of="watched@2")
+    first, last = (row for row in final_state(packed, "child")[2] if "val_loss" in row)
+    assert first["images_seen"] == 0 and first["val_loss"] == looks[-1]["val_loss"] > last["val_loss"]
+
     # A run whose averages forget at once is another by that alone, which pairs tell with little error.
-    train("other", epochs=2, ema__decay=0, ema__warmup="none", **options)
+    train(packed, "other", f"{sizes} ema.decay=0 ema.warmup=none", **options)
     capsys.readouterr()
     compare = ("runs", "compare", "watched", "--bucket", packed)
     said = succeeded(ddpm_here(*compare, "other"))
@@ -151,153 +170,119 @@ def test_held_out_images_are_never_learnt(train, packed, capsys):
     assert losses["loss"][2:] == ["0", "0"]
     assert "val_loss" not in losses, "two looks are too few for an error"
     assert "of at least 3" in refused(ddpm_here(*compare, "other", "--since-epoch", 2), 66)
-    train("seeded", epochs=1, train__seed=1, **options)
+    train(packed, "seeded", f"{sizes} train.seed=1", stop_after=0, **options)
     assert "train.seed: 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
     max((packed / "runs/other/metrics").iterdir()).write_bytes(b"{}")
     assert "'other' cannot be compared" in refused(ddpm_here(*compare, "other"), 65)
 
 
-EDM2_SIZES = {
-    "channels": 8,
-    "channel_mults": "1,2",
-    "layers_per_level": 1,
-    "head_channels": 8,
-    "attention_sizes": 8,
-    "dropout": 0.1,
-    "uncertainty": True,
-}
 NETWORKS = {
-    "unet": {"model__channels": 8, "model__channel_mults": "1,2", "model__norm_groups": 4},
-    "edm2": {"diffusion__schedule": "edm", "diffusion__prediction": "edm"}
-    | {f"model__{key}": value for key, value in EDM2_SIZES.items()},
-    "dit": {"model__width": 16, "model__depth": 2, "model__heads": 2, "model__dropout": 0.1}
-    | {"model__qk_norm": True, "model__rms_norm": True, "model__rope": True},
+    "unet": "model.channels=8 model.channel_mults=1,2 model.norm_groups=4",
+    "edm2": "model.channels=8 model.channel_mults=1,2 model.layers_per_level=1 model.head_channels=8 model.dropout=0.1 "
+    "model.attention_sizes=8 model.uncertainty=true diffusion.schedule=edm diffusion.prediction=edm",
+    "dit": "model.width=16 model.depth=2 model.heads=2 model.dropout=0.1 model.qk_norm=true model.rms_norm=true "
+    "model.rope=true",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_every_network_resumes_bit_equal(train, packed, kind):
+def test_every_network_resumes_bit_equal_and_learns(packed, kind):
     """EDM2 changes its weights at the beginning of a step, which is then left."""
-    network = NETWORKS[kind] | {"model__kind": kind, "train__batch_size": 100, "train__slots": 3}
-    train(f"{kind}-whole", epochs=1, **network)
-    with pytest.raises(StoppedError, match="after 100 images"):
-        # In the midst of the second step, between its second and its third slot.
-        train(f"{kind}-left", epochs=1, **network, stop_after=2 * 1 + 1, asked_by="_should_abandon")
-    train(f"{kind}-left", model__gradient_checkpointing="on")
-    _, whole, rows_whole = final_state(run_of(packed, f"{kind}-whole"))
-    ref, left, rows_left = final_state(run_of(packed, f"{kind}-left"))
+    network = f"{NETWORKS[kind]} model.kind={kind} train.batch_size=100"
+    whole, left, shared = f"{kind}-whole", f"{kind}-left", f"{kind}-shared"
+    train(packed, whole, f"{network} train.slots=3", epochs=1)
+    # In the midst of the second step, between its second and its third slot.
+    said = train(packed, left, f"{network} train.slots=3", epochs=1, stop_after=2 * 1 + 1, asked_by="_should_abandon")
+    assert "after 100 images" in str(said)
+    train(packed, left, "model.gradient_checkpointing=on")
+    ref, _, rows = bit_equal(packed, whole, left)
     assert (ref.fence, ref.images_seen) == (2, 300)
-    assert all(torch.equal(whole[name], left[name]) for name in whole)
-    assert rows_whole == rows_left
-    assert rows_whole[-1]["loss"] < rows_whole[0]["loss"]
-
-
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    threads_of.cache_clear()
-    yield
-    torch.set_num_threads(1)
-    threads_of.cache_clear()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_every_network_learns_by_several_threads(train, packed, two_threads, kind):
-    """Without dropout, with which threads do not share a batch."""
-    without = {"model__dropout": 0.0, "model__kind": kind, "train__batch_size": 100, "sample__images": 1}
-    train(f"{kind}-threads", epochs=1, **NETWORKS[kind] | without)
-    _, _, rows = final_state(run_of(packed, f"{kind}-threads"))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    # Without dropout, with which threads do not share a batch.
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        threads_of.cache_clear()
+        if threads == 2:
+            train(packed, shared, f"{network} model.dropout=0 sample.images=1", epochs=1)
+    _, _, rows = final_state(packed, shared)
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
 @pytest.mark.slow
-def test_more_epochs_go_on_exactly(train, packed):
-    train("long", epochs=2)
-    train("grown", epochs=1)
-    train("grown", epochs=2)
-    (_, long, rows_long), (ref, grown, rows_grown) = (final_state(run_of(packed, n)) for n in ("long", "grown"))
-    assert ref.images_seen == 600
-    assert all(torch.equal(long[name], grown[name]) for name in long)
-    assert rows_long == rows_grown
-    with pytest.raises(StoppedError):
-        train("grown", epochs=3, stop_after=5, log__every_images=48)
+def test_more_epochs_go_on_exactly(packed):
+    train(packed, "long", epochs=2)
+    train(packed, "grown", epochs=1)
+    train(packed, "grown", epochs=2)
+    assert bit_equal(packed, "long", "grown")[0].images_seen == 600
+    train(packed, "grown", "log.every_images=48", epochs=3, stop_after=5)
     # What an attempt changed stays changed, without being said again.
-    train("grown")
-    ref, _, rows = final_state(run_of(packed, "grown"))
+    train(packed, "grown")
+    ref, _, rows = final_state(packed, "grown")
     assert ref.images_seen == 912
     assert [row["images_seen"] for row in rows if row["images_seen"] > 600] == list(range(624, 913, 48))
-    changes = [json.loads(run_of(packed, "grown").read(f"attempts/00000{n}.json").data)["changes"] for n in (2, 4)]
-    assert changes == [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
+    attempts = [json.loads(run_of(packed, "grown").read(f"attempts/00000{n}.json").data) for n in (2, 4)]
+    changes = [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
+    assert [attempt["changes"] for attempt in attempts] == changes
 
 
 @pytest.mark.slow
-def test_a_run_that_saves_often_keeps_its_last_epochs(train, packed):
-    train("often", epochs=5, checkpoint__every_epochs=1, checkpoint__every_minutes=1e-9, checkpoint__keep_last=3)
-    there = [ref.images_seen for ref in list_checkpoints(run_of(packed, "often"))]
+def test_a_run_that_saves_often_keeps_its_last_epochs(packed):
+    often = "checkpoint.every_epochs=1 checkpoint.every_minutes=1e-9 checkpoint.keep_last=3"
+    train(packed, "often", often, epochs=5)
+    there = kept(packed, "often")
     assert there[-1] == 1512 and {912, 1200} < {*there} and len(there) in (3, 4), there
-    words = ("sample", "--run", "often", "--seeds", "0-1", "--no-nearest", "--bucket", packed)
-    assert len(succeeded(ddpm_here(*words, "--checkpoints", "3,4,5")).splitlines()) == 4
-    assert "(there are: 3, 4, 5)" in refused(ddpm_here(*words, "--checkpoints", "2"), Exit.MISSING_INPUT)
+    words = ("sample", "--run", "often", "--seeds", "0-1", "--no-nearest", "--bucket", packed, "--checkpoints")
+    assert len(succeeded(ddpm_here(*words, "3,4,5")).splitlines()) == 4
+    assert "(there are: 3, 4, 5)" in refused(ddpm_here(*words, "2"), Exit.MISSING_INPUT)
     for verb in ("verify", "prune"):
         succeeded(ddpm_here("runs", verb, "often", "--bucket", packed))
-    assert [ref.images_seen for ref in list_checkpoints(run_of(packed, "often"))] == there
+    assert kept(packed, "often") == there
 
 
-@pytest.mark.slow
-def test_a_missing_grid_is_drawn_later(train, packed):
-    run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
-    with pytest.raises(StoppedError):
-        train("pictured", epochs=2, stop_after=12, **every_epoch)
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [312]
-    assert not run.exists("samples/epoch-0001-ddim-4.png")
-    train("pictured", epochs=2, **every_epoch)
-    assert run.exists("samples/epoch-0001-ddim-4.png")
-
-
-def test_grids_come_ever_more_rarely(train, packed):
-    train("doubled", epochs=5, sample__every_epochs="null", sample__images=24)
-    run = run_of(packed, "doubled")
-    grids = [entry.key for entry in run.list("samples") if entry.key.endswith("ddim-4.png")]
-    assert grids == [f"samples/epoch-{epoch:04d}-ddim-4.png" for epoch in (1, 2, 4, 5)]
-    heights = [Image.open(io.BytesIO(run.read(key).data)).height for key in grids]
+def test_grids_come_ever_more_rarely(packed):
+    """An attempt that ended between the checkpoint and its grid leaves the grid to the next one."""
+    sets = "sample.every_epochs=null sample.images=24 checkpoint.every_epochs=1"
+    folder = packed / "runs/doubled/samples"
+    train(packed, "doubled", sets, epochs=5, stop_after=12)
+    assert kept(packed, "doubled") == [312]
+    assert not [*folder.glob("*ddim-4.png")]
+    train(packed, "doubled", sets, epochs=5)
+    grids = sorted(folder.glob("*ddim-4.png"))
+    assert [grid.name for grid in grids] == [f"epoch-{epoch:04d}-ddim-4.png" for epoch in (1, 2, 4, 5)]
+    heights = [Image.open(grid).height for grid in grids]
     # Before the end a CPU draws twenty images.
     assert heights[0] == heights[1] == heights[2] <= heights[3]
 
 
-def test_a_short_attempt_shows_a_loss(train, packed):
-    with pytest.raises(StoppedError):
-        train("soon", epochs=1, stop_after=3, log__every_images=299)
+def test_a_short_attempt_shows_a_loss(packed):
+    """And each epoch has a row, however rare they are."""
+    rarely = "log.every_images=1000000"
+    train(packed, "soon", rarely, epochs=1, stop_after=3)
     assert 0 < read_status(run_of(packed, "soon")).loss < 3
     # The last attempt draws the pictures alone.
-    with pytest.raises(StoppedError):
-        train("soon", epochs=1, stop_after=0, asked_by="check_agreed", log__every_images=299)
-    train("soon", epochs=1, log__every_images=299)
-    _, _, (row,) = final_state(run_of(packed, "soon"))
+    train(packed, "soon", rarely, epochs=1, stop_after=0, asked_by="check_agreed")
+    train(packed, "soon", rarely, epochs=1)
+    _, _, (row,) = final_state(packed, "soon")
     assert read_status(run_of(packed, "soon")).loss == row["loss"]
 
 
-def test_an_old_page_is_renewed(train, monkeypatch):
+def test_an_old_page_is_renewed(packed, monkeypatch):
     """Between grids, of which the next one may be days away."""
-    made, shown = reporting.run_page, list[int]()
-
-    def watched(facts, pictures):
-        shown.append(facts.status.images_seen)
-        return made(facts, pictures)
-
-    monkeypatch.setattr(reporting, "run_page", watched)
+    made, shown = reporting.run_page, []
+    monkeypatch.setattr(
+        reporting, "run_page", lambda facts, pictures: shown.append(facts.status.images_seen) or made(facts, pictures)
+    )
     for page_seconds, expected in [(300, [0, 300]), (0, [0, 100, 200, 300, 300])]:
         shown.clear()
         monkeypatch.setattr(reporting, "PAGE_SECONDS", page_seconds)
-        train(f"page-{page_seconds}", epochs=1, train__batch_size=100, log__every_images=100)
+        train(packed, f"page-{page_seconds}", "train.batch_size=100 log.every_images=100", epochs=1)
         assert shown == expected
 
 
-def test_a_run_that_ends_before_it_trains_says_so_on_its_page(packed, tmp_path):
+def test_a_run_that_ends_before_it_trains_says_so_on_its_page(tiles, tmp_path):
     """The page is there from the beginning, and would say for ever that the run goes on."""
-    bucket = tmp_path / "bucket"
-    shutil.copytree(packed / "datasets", bucket / "datasets")
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
     (shard,) = bucket.glob("datasets/tiles-*/shard-00000.tar")
     shard.write_bytes(bytes(shard.stat().st_size))
     done = ddpm_here("train", "--dataset", "tiles", "--bucket", bucket, DDPM_CACHE=str(tmp_path / "cache"))
@@ -305,47 +290,34 @@ def test_a_run_that_ends_before_it_trains_says_so_on_its_page(packed, tmp_path):
     assert '<span class="state failed">' in (bucket / "runs/tiles/report.html").read_text()
 
 
-@pytest.mark.slow
-def test_micro_batches_change_nothing_but_rounding(train, packed):
-    changes = EVERYTHING | {"model__dropout": 0, "diffusion__variance": "fixed", "diffusion__offset_noise": 0.1}
-    train("one", epochs=1, **changes)
-    train("five", epochs=1, train__micro_batch_size=5, **changes)
-    (_, one, rows_one), (_, five, rows_five) = (final_state(run_of(packed, name)) for name in ("one", "five"))
-    for name in one:
-        if name.startswith("model."):
-            torch.testing.assert_close(five[name], one[name], rtol=1e-3, atol=1e-5)
-    assert [row["loss"] for row in rows_five] == pytest.approx([row["loss"] for row in rows_one], rel=1e-5)
-
-
-def test_a_non_finite_gradient_ends_training(train, packed):
-    explosive = {"train__learning_rate": 1e9, "train__warmup_images": 0, "checkpoint__every_minutes": 1e-9}
-    run = run_of(packed, "explodes")
+def test_a_non_finite_gradient_ends_training(packed):
+    explosive = "train.learning_rate=1e9 train.warmup_images=0 checkpoint.every_minutes=1e-9"
     for _ in range(2):
-        with pytest.raises(NotANumberError, match="not a finite number") as caught:
-            train("explodes", epochs=1, **explosive)
-        assert caught.value.exit_code == 70
-        assert [ref.images_seen for ref in list_checkpoints(run)] == [24]
-        assert read_status(run).state == "failed"
+        error = train(packed, "explodes", explosive, epochs=1, ending=NotANumberError)
+        assert error.exit_code == 70 and "not a finite number" in str(error)
+        assert kept(packed, "explodes") == [24]
+        assert read_status(run_of(packed, "explodes")).state == "failed"
 
 
-def test_a_foreign_deviation_of_the_pixels_is_reported(train, packed, capsys):
-    shards = sorted(packed.glob("datasets/tiles-16/shard-*.tar"))
-    pixels = [np.asarray(Image.open(io.BytesIO(png))) for shard in shards for png in images_in(shard)]
+def images_in(dataset: Path) -> list[bytes]:
+    """The files of images in the only shard of a dataset."""
+    with tarfile.open(dataset / "shard-00000.tar") as shard:
+        return [shard.extractfile(member).read() for member in shard if member.name.endswith(".png")]
+
+
+def test_a_foreign_deviation_of_the_pixels_is_reported(packed, capsys):
+    pixels = [np.asarray(Image.open(io.BytesIO(image))) for image in images_in(packed / "datasets/tiles-16")]
     deviation = np.std(np.stack(pixels) / 127.5)
-    for name, sigma_data in (("deviation-near", deviation * 1.1), ("deviation-far", 2.0)):
+    for sigma_data, expected in ((deviation * 1.1, []), (2.0, [pytest.approx(deviation, abs=0.03)])):
         capsys.readouterr()
-        train(name, epochs=1, diffusion__schedule="edm", diffusion__prediction="edm", diffusion__sigma_data=sigma_data)
+        edm = f"diffusion.schedule=edm diffusion.prediction=edm diffusion.sigma_data={sigma_data}"
+        train(packed, f"deviation-{len(expected)}", edm, epochs=1)
         said = re.findall(r"have the deviation ([\d.]+), and diffusion.sigma_data is 2.0:", capsys.readouterr().err)
-        assert [float(found) for found in said] == ([pytest.approx(deviation, abs=0.03)] if sigma_data == 2 else [])
-
-
-def images_in(shard):
-    with tarfile.open(shard) as archive:
-        return [archive.extractfile(m).read() for m in archive if m.name.endswith(".png")]
+        assert [float(found) for found in said] == expected
 
 
 @pytest.mark.slow
-def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
+def test_slow_steps_are_reported_once(packed, monkeypatch, capsys):
     draw = training.randomness.training_noise
 
     def training_noise(seed, image_numbers, *how):
@@ -355,22 +327,107 @@ def test_slow_steps_are_reported_once(train, monkeypatch, capsys):
     monkeypatch.setattr(training.randomness, "training_noise", training_noise)
     monkeypatch.setattr("job.training.session.SLOW_SECONDS", 1.0)
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
-    train("slow", epochs=1)
+    train(packed, "slow", epochs=1)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]
     pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads share the \d+ cores of this machine: .*"
     assert re.fullmatch(pattern, said)
 
 
+MOVED = "model.dropout=0.1 ema.stds=0.1 data.augment=0.5 checkpoint.keep_last=2 checkpoint.keep_epochs=1,2"
+ATTEMPTS = [
+    (9, StoppedError, "train.slots=4"),
+    (16, ArithmeticError, "train.slots=4 train.micro_batch_size=3"),
+    (22, ArithmeticError, "train.slots=6"),
+    (30, StoppedError, "train.slots=3 checkpoint.every_epochs=2"),
+    (0, None, "train.slots=4 train.micro_batch_size=5"),
+]
+"""The step at which each attempt ends, how, and what it changes: with dropout, each of these changes every bit."""
+
+
+@pytest.fixture(scope="module")
+def moved(packed) -> dict[int, dict[str, torch.Tensor]]:
+    """All states by images seen of a run `moved` that crashed, was stopped and was changed."""
+    states, after_step = {}, TrainingSession.after_step
+    for last_step, ending, changes in ATTEMPTS:
+
+        def watched(session, state, last_step=last_step, ending=ending):
+            # A state that was lost in a crash is overwritten by that of the attempt that learnt it again.
+            groups = state.tensors().items()
+            states[state.images_seen] = {
+                f"{key}.{name}": group[name].clone() for key, group in groups for name in group
+            }
+            is_last = state.images_seen == last_step * 24
+            if is_last and ending is ArithmeticError:
+                raise ArithmeticError
+            return after_step(session, state) or is_last
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainingSession, "after_step", watched)
+            train(packed, "moved", f"{MOVED} train.exact=true {changes}", epochs=3, ending=ending)
+    return states
+
+
 @pytest.mark.slow
-def test_settings_reach_the_training(train, packed):
-    """No classes are learnt from a dataset that has some; a row a epoch, however rare; other moments of Adam."""
-    settings = {"model__num_classes": 0, "log__every_images": 1_000_000}
-    train("usual", epochs=1, **settings)
-    train("forgetful", epochs=1, train__adam_betas="0.5,0.9", train__adam_eps=1e-4, **settings)
-    (_, usual, rows), (ref, forgetful, _) = (final_state(run_of(packed, name)) for name in ("usual", "forgetful"))
-    assert ref.images_seen == 312
-    assert not any("class" in name for name in usual)
-    assert [row["images_seen"] for row in rows] == [312]
-    name = "optimizer.exp_avg_sq.conv_in.weight"
-    # After thirteen steps from zero these are three quarters of the mean, and the usual ones a hundredth.
-    assert forgetful[name].mean() > 10 * usual[name].mean()
+def test_any_state_is_replayed_to_the_bit(packed, moved, tmp_path):
+    saved = kept(packed, "moved")
+    assert len(saved) < len(moved) / 5
+    for number, image in enumerate(random.Random(0).sample(sorted(moved), 12)):
+        folder, found = tmp_path / str(number), {}
+        done = ddpm_here("replay", "moved", "--image", image, "--to", folder, "--bucket", packed)
+        printed = succeeded(done)
+        assert "DIFFER" not in done.stderr
+        for path in folder.rglob("*.safetensors"):
+            group = "ema" if path.parent.name == "unet" else path.stem.removesuffix("-00")
+            found |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
+            assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}" in printed
+        assert equal(found, moved[image]), image
+        nearest = max((at for at in saved if at <= image), default=None)
+        begun = json.loads((folder / "replay.json").read_text())["from"]
+        assert begun.endswith(f"-{nearest:012d}" if nearest else "first weights")
+
+
+@pytest.mark.slow
+def test_a_replay_is_compared_stopped_and_refused(packed, moved, tmp_path, monkeypatch):
+    run, state = packed / "runs/moved", tmp_path / "state"
+    before = files_in(packed)
+    words = ("replay", "moved", "--bucket", packed, "--image")
+    assert succeeded(ddpm_here(*words, 312, "--verify")).endswith("-000000000312, file by file\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("job.replay.code_version", lambda: "0+other")
+        done = ddpm_here(*words, 336, "--to", state)
+    succeeded(done)
+    (line,) = [line for line in done.stderr.splitlines() if "DIFFER" in line]
+    assert "this replay runs 0+other" in line
+    assert json.loads((state / "replay.json").read_text())["differences"] == [line.partition(": ")[2]]
+    # Another computation than that of the run.
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate_at", lambda train, images_seen: train.learning_rate)
+        line = refused(ddpm_here(*words, 312, "--verify"), Exit.BAD_DATA)
+    assert "differs from the replay in" in line and "model-00.safetensors" in line
+    usual, steps = training.learning_rate_at, []
+
+    def stopped(*settings):
+        steps.append(os.kill(os.getpid(), signal.SIGTERM))
+        return usual(*settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate_at", stopped)
+        line = refused(ddpm_here(*words, 192, "--to", tmp_path / "to"), Exit.STOPPED)
+    assert "stopped by SIGTERM after" in line and len(steps) == 1 and not (tmp_path / "to").exists()
+    # There `ddpm runs verify` would find files that are no part of the run, and `ddpm runs list` another run.
+    places = (run, run / "replayed", run / "checkpoints/replayed", packed / "runs/other", packed / "runs")
+    taken = f"would be taken for a run or a part of one: name a folder outside of {packed}/runs"
+    for asked, code, said in (
+        *(((312, "--to", place), Exit.BAD_REQUEST, f"--to {place} {taken}") for place in places),
+        ((320,), Exit.BAD_REQUEST, "every 24 images to 912: 312 or 336\n"),
+        ((936,), Exit.BAD_REQUEST, "to 912: 912\n"),
+        ((336, "--verify"), Exit.MISSING_INPUT, "no checkpoint at image 336"),
+        ((336, "--to", state), Exit.BAD_REQUEST, "is there already"),
+    ):
+        assert said in refused(ddpm_here(*words, *asked), code) + "\n"
+    assert before == files_in(packed)
+    succeeded(ddpm_here("import", state, "--run", "fork", "--bucket", packed))
+    (fork,) = (packed / "runs/fork/checkpoints").iterdir()
+    # An export's weights to sample with are the run's.
+    weights = load_file(fork / "model-00.safetensors")
+    assert equal(weights, {name: moved[336][f"ema.{name}"] for name in weights})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import UNet2DModel
 from PIL import Image
 
 from job.data.checks import verify_dataset
@@ -17,6 +18,7 @@ from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, succeeded
 
 ARCHIVES = sorted(Path(__file__).parent.glob("format-*.tar.gz"))
+assert ARCHIVES, "there is one"
 
 
 @pytest.fixture(scope="module", params=ARCHIVES, ids=lambda path: path.name)
@@ -25,10 +27,6 @@ def kept(request, tmp_path_factory):
     with tarfile.open(request.param) as tar:
         tar.extractall(folder, filter="data")
     return folder / "bucket"
-
-
-def test_there_is_one():
-    assert ARCHIVES
 
 
 def test_datasets_and_runs_are_whole(kept):
@@ -40,10 +38,12 @@ def test_datasets_and_runs_are_whole(kept):
     assert load_index(store, "datasets/kept-8").held_out == "kept-held-out"
     assert load_index(store, "datasets/kept-latents-4").encoding.source == "kept"
     assert existing_config(store, "pixels").ema.names == ("ema-0.1",)
+    (folder, *_) = sorted((kept / "runs/pixels/checkpoints").iterdir(), reverse=True)
+    assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.num_class_embeds == 2
 
 
-@pytest.mark.parametrize("run", ["pixels", "latents"])
-def test_the_same_pictures_are_drawn(kept, tmp_path, run):
+@pytest.mark.parametrize(("run", "dataset"), [("pixels", "kept"), ("latents", "kept-latents")])
+def test_runs_draw_the_same_pictures_and_go_on(kept, tmp_path, run, dataset):
     bucket = shutil.copytree(kept, tmp_path / "bucket")
     (before,) = (kept / "runs" / run / "samples").glob("epoch-0002-*-seeds-0-3-no-nearest.png")
     path = bucket / before.relative_to(kept)
@@ -52,6 +52,12 @@ def test_the_same_pictures_are_drawn(kept, tmp_path, run):
     now, then = (np.asarray(Image.open(picture)).astype(int) for picture in (path, before))
     # One row of tiles, with what is said above it by this version. Another processor rounds otherwise.
     assert np.abs(now[-98:] - then[-98:]).max() <= 3
+    done = ddpm_here("train", "--dataset", dataset, "--run", run, "--epochs", 3, "--bucket", bucket)
+    succeeded(done)
+    assert "resuming at epoch 2" in done.stderr
+    assert verify_run(open_store(str(bucket)), run).problems == []
+    status = json.loads((bucket / "runs" / run / "status.json").read_text())
+    assert (status["state"], status["fence"]) == ("finished", 2)
 
 
 def test_what_was_made_is_found_again(kept, tmp_path):
@@ -61,21 +67,3 @@ def test_what_was_made_is_found_again(kept, tmp_path):
     succeeded(ddpm_here("sample", "--run", "pixels", "--weights", "ema-0.2", "--seeds", 0, "--bucket", bucket))
     words = ("--run", "pixels", "--count", 12, "--extractor", "mobilenet", "--bucket", bucket)
     assert "fd-mobilenet" in succeeded(ddpm_here("evaluate", *words))
-
-
-@pytest.mark.parametrize(("run", "dataset"), [("pixels", "kept"), ("latents", "kept-latents")])
-def test_a_run_goes_on(kept, tmp_path, run, dataset):
-    bucket = shutil.copytree(kept, tmp_path / "bucket")
-    done = ddpm_here("train", "--dataset", dataset, "--run", run, "--epochs", 3, "--bucket", bucket)
-    succeeded(done)
-    assert "resuming at epoch 2" in done.stderr
-    assert verify_run(open_store(str(bucket)), run).problems == []
-    status = json.loads((bucket / "runs" / run / "status.json").read_text())
-    assert (status["state"], status["fence"]) == ("finished", 2)
-
-
-def test_diffusers_reads_its_checkpoint(kept):
-    from diffusers import UNet2DModel
-
-    (folder, *_) = sorted((kept / "runs/pixels/checkpoints").iterdir(), reverse=True)
-    assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.num_class_embeds == 2

@@ -65,8 +65,6 @@ FOLDERS = tuple((f"{'ab'[number % 2]}/{number // 2}.png", number % 3) for number
 SPLITS = tuple(
     (f"{split}/{number}.png", (number + (split == "test")) % 3) for split in ("test", "train") for number in range(6)
 )
-NUMBERED = tuple((f"img/{name}", kind) for name, kind in PLAIN)
-COUNTED = tuple((f"img/{number}.png", kind) for number, (_, kind) in enumerate(PLAIN))
 REFUSED, BAD = 64, 65
 
 

@@ -1,10 +1,9 @@
-"""A file server that knows ranges, and breaks off or lies as a test asks; it answers as the hub of datasets, too."""
+"""A file server that knows ranges, and answers badly as a test asks; it answers as the hub of datasets, too."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
@@ -19,71 +18,74 @@ class Files(JsonHandler):
 
     content: ClassVar[dict[str, bytes]]
     asked: ClassVar[list[tuple[str, str]]]
-    cuts_once = False
-    """The next answer breaks off in its middle."""
     etag = "one"
     date = ""
-    stalls = False
-    without_length = False
-    """Half of a body comes, and nothing says that it is half."""
+    place = ""
+    """HEAD, GET, or every request: these `bad` answers."""
+    bad: ClassVar[Callable[[Files], object]]
 
     def do_HEAD(self) -> None:
-        self.answer(with_body=False)
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
 
     def do_POST(self) -> None:
         paths = self.heard()["paths"]
         self.say(200, [each for each in self.listed() if each["path"] in paths])
 
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
+    @property
+    def whole(self) -> bytes:
+        return next(iter(self.content.values()))
 
-    def answer(self, with_body: bool) -> None:
+    def send(self, body: bytes, headers: dict[str, object], code: int = 200) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_part(self, sent_bytes: int) -> None:
+        """Sends headers for the first file, and some of it."""
+        self.send(self.whole[:sent_bytes], {"Content-Length": len(self.whole)})
+
+    def send_whole(self, body: bytes) -> None:
+        """Sends an answer that is complete in itself, whatever was asked for."""
+        self.send(body, {"Content-Length": str(len(body))})
+
+    def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.asked.append((self.command, self.headers.get("Range", "")))
+        if self.place in (self.command, "every request"):
+            self.close_connection = True
+            type(self).bad(self)
+            return
         if path.startswith("/api/datasets/org/name"):
             self.hub(path)
             return
         name = re.sub(r"^/datasets/org/name/resolve/[^/]+/", "/", path)
-        if name == "/secret.zip":
-            self.send_error(403)
-            return
         if name not in self.content:
-            self.send_error(404)
+            self.send_error(403 if name == "/secret.zip" else 404)
             return
         whole = self.content[name]
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (int(match[1]), int(match[2] or len(whole) - 1)) if match else (0, len(whole) - 1)
+        headers = {"Accept-Ranges": "bytes", "ETag": self.etag and f'"{self.etag}"', "Last-Modified": self.date}
+        headers |= {"X-Repo-Commit": "0" * 40, "Content-Length": str(len(whole))}
+        if not (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            self.send(whole, headers)
+            return
+        first, last = int(match[1]), int(match[2] or len(whole) - 1)
         part = whole[first : last + 1]
-        self.send_response(206 if match else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        if self.etag:
-            self.send_header("ETag", f'"{self.etag}"')
-        if self.date:
-            self.send_header("Last-Modified", self.date)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if with_body and self.without_length:
-            part, self.close_connection = part[: len(part) // 2], True
-        else:
-            self.send_header("Content-Length", str(len(part)))
-        if match:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
-        self.end_headers()
-        if with_body:
-            if self.stalls:
-                time.sleep(3)
-                return
-            if self.cuts_once:
-                part, self.close_connection, type(self).cuts_once = part[: len(part) // 2], True, False
-            self.wfile.write(part)
+        headers |= {"Content-Length": str(len(part)), "Content-Range": f"bytes {first}-{last}/{len(whole)}"}
+        self.send(part, headers, 206)
 
     def listed(self) -> list[dict[str, object]]:
         """Files and folders as the hub tells of them."""
         parents = {str(parent) for name in self.content for parent in PurePosixPath(name[1:]).parents} - {"."}
         folders = [{"type": "directory", "path": folder, "oid": "b" * 40} for folder in sorted(parents)]
-        files = self.content.items()
-        return folders + [
-            {"type": "file", "path": name[1:], "size": len(data), "oid": "a" * 40} for name, data in files
-        ]
+        about = {"type": "file", "oid": "a" * 40}
+        return folders + [about | {"path": name[1:], "size": len(data)} for name, data in self.content.items()]
 
     def hub(self, path: str) -> None:
         if "/tree/" in path:

@@ -23,31 +23,28 @@ from tests.job.some_images import encoded, folder_of, tar_of
 ODD = "Ähren und\nKorn, " + 30 * "sehr " + "reif"
 
 
-def shade(number: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+def shade(number: int, side: int = 16) -> Image.Image:
     """A colour that no other number has."""
-    return Image.new("RGB", size, (number % 16 * 16, 255 - number // 16 * 16, number * 97 % 256))
+    return Image.new("RGB", (side, side), (number % 16 * 16, 255 - number // 16 * 16, number * 97 % 256))
 
 
-def classes_in(folder: Path, kind: str, names: list[str], images: int = 9, side: int = 16) -> tuple[object, dict]:
-    """A source whose images show the number of their class; and options of `packed`."""
-    files = [
-        (name, n, number, encoded(shade(number, (side, side))))
-        for number, name in enumerate(names)
-        for n in range(images)
-    ]
-    if kind == "pack":
-        return folder_of(folder / "source", [(f"{name}/{n:02d}.png", png) for name, n, _, png in files]), {}
-    # In no order, as by img2dataset.
-    mixed = np.random.default_rng(0).permutation(len(files)).tolist()
-    for first in range(0, len(files), 7):
-        pairs = [
-            (f"{at:03d}.{end}", content)
-            for at in mixed[first : first + 7]
-            for end, content in (("png", files[at][3]), ("cls", b"%d" % files[at][2]))
-        ]
-        (folder / "tars").mkdir(parents=True, exist_ok=True)
-        tar_of(folder / f"tars/{first:05d}.tar", pairs)
-    return "", {"tars": (str(folder / "tars"),), "shard_images": None}
+def classes_in(folder: Path, names: list[str], images: int = 9, side: int = 16) -> Path:
+    """A folder whose images show the number of their class."""
+    shades = [(name, encoded(shade(number, side))) for number, name in enumerate(names)]
+    return folder_of(folder, [(f"{name}/{n:02d}.png", png) for name, png in shades for n in range(images)])
+
+
+def tars_in(folder: Path, classes: int, side: int) -> Path:
+    """The same in tars, in no order, as by img2dataset."""
+    folder.mkdir()
+    shades = [encoded(shade(number, side)) for number in range(classes)]
+    mixed = np.random.default_rng(0).permutation(classes * 9).tolist()
+    for first in range(0, len(mixed), 7):
+        some = mixed[first : first + 7]
+        pairs = [(("png", shades[at // 9]), ("cls", b"%d" % (at // 9))) for at in some]
+        files = [(f"{at:03d}.{end}", content) for at, pair in zip(some, pairs, strict=True) for end, content in pair]
+        tar_of(folder / f"{first:05d}.tar", files)
+    return folder
 
 
 def tiles_in(sheet: np.ndarray, tile: int, rows: int) -> np.ndarray:
@@ -60,25 +57,24 @@ def tiles_in(sheet: np.ndarray, tile: int, rows: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["pack", "index"])
 @pytest.mark.parametrize(("classes", "channels", "side"), [(3, 3, 16), (14, 3, 16), (3, 1, 300)])
 def test_each_class_has_a_row_of_its_images(tmp_path, kind, classes, channels, side):
-    names = [f"class {number:02d}" for number in range(classes)]
-    source, options = classes_in(tmp_path, kind, names, side=side)
-    options |= {"channels": channels, "size": side}
+    names = [f"class {number:02d}" if kind == "pack" else str(number) for number in range(classes)]
+    source, options = "", {"channels": channels, "size": side}
+    if kind == "pack":
+        source = classes_in(tmp_path / "source", names, side=side)
+    else:
+        options |= {"tars": (str(tars_in(tmp_path / "tars", classes, side)),), "shard_images": None}
+    previews, key = set(), KEY.replace("16", str(side))
     for bucket in ("one", "other"):
         packed(tmp_path / bucket, source, **options)
-    key = KEY.replace("16", str(side))
-    preview = (tmp_path / "one" / key / "preview.png").read_bytes()
-    assert preview == (tmp_path / "other" / key / "preview.png").read_bytes()
-    assert verify_dataset(open_store(str(tmp_path / "one")), key) == []
-
-    shown = range(min(classes, 12))
-    colours = np.stack([np.asarray(shade(number, (1, 1)).convert("L" if channels == 1 else "RGB")) for number in shown])
-    sheet = np.asarray(Image.open(io.BytesIO(preview)))
-    tile = 64 if side == 16 else 150
-    assert (tiles_in(sheet, tile, len(shown)) == colours.reshape(-1, 1, channels)).all()
-    images = np.tile(colours.reshape(-1, 1, 1, 1, channels), (1, 8, side, side, 1)).reshape(-1, side, side, channels)
-    captions = (names if kind == "pack" else [str(number) for number in range(classes)])[:12]
+        previews.add((tmp_path / bucket / key / "preview.png").read_bytes())
+        assert verify_dataset(open_store(str(tmp_path / bucket)), key) == []
+    (preview,), shown = previews, range(min(classes, 12))
+    colours = np.stack([np.asarray(shade(number, 1).convert("L" if channels == 1 else "RGB")) for number in shown])
+    sheet, colours = np.asarray(Image.open(io.BytesIO(preview))), colours.reshape(-1, 1, channels)
+    assert (tiles_in(sheet, 64 if side == 16 else 150, len(shown)) == colours).all()
+    images = np.broadcast_to(colours.repeat(8, 0)[:, None], (8 * len(shown), side, side, channels))
     title = f"small-{side}" + " · 2 of 14 classes not shown" * (classes == 14)
-    expected = figures.contact_sheet(images, np.repeat(shown, 8).tolist(), captions, 8, title)
+    expected = figures.contact_sheet(images, np.repeat(shown, 8).tolist(), names[:12], 8, title)
     assert np.array_equal(sheet, np.asarray(expected))
 
 
@@ -96,7 +92,7 @@ def test_images_without_classes_are_a_grid(tmp_path):
 
 def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
     """Of data sorted by class, with a shard for each: no random choice would find all of the first twelve."""
-    source, _ = classes_in(tmp_path, "pack", [f"{number:03d} of many" for number in range(200)], images=8)
+    source = classes_in(tmp_path / "source", [f"{number:03d} of many" for number in range(200)], images=8)
     read = {"read_table": [], "open_shard": []}
 
     def counting(name, original):
@@ -113,8 +109,7 @@ def test_few_tables_and_images_are_read(tmp_path, monkeypatch):
 def test_odd_names_and_empty_classes_have_rows(tmp_path):
     files = [("cat/1", 1), ("cat/2", 2), ("dog/1", 3), ("dog/2", 4), (f"{ODD}/1", 5)]
     source = folder_of(tmp_path / "source", [(f"{name}.png", encoded(shade(n))) for name, n in files])
-    words = ("--size", 16, "--bucket", tmp_path, "--hold-out", "40%")
-    succeeded(ddpm_here("data", "pack", source, "small", *words))
+    succeeded(ddpm_here("data", "pack", source, "small", "--size", 16, "--bucket", tmp_path, "--hold-out", "40%"))
     for part in ("small", "small-held-out"):
         sheet = np.asarray(Image.open(tmp_path / f"datasets/{part}-16/preview.png"))
         assert sheet.shape[0] - 3 * 68 < 80, part
@@ -126,7 +121,7 @@ def test_odd_names_and_empty_classes_have_rows(tmp_path):
 
 
 def test_a_failed_preview_costs_no_dataset(tmp_path, monkeypatch, caplog):
-    source, _ = classes_in(tmp_path, "pack", ["cat", "dog"])
+    source = classes_in(tmp_path / "source", ["cat", "dog"])
     words = ("small", "--size", 16, "--bucket", tmp_path / "bucket")
 
     def broken(*_):
@@ -139,17 +134,16 @@ def test_a_failed_preview_costs_no_dataset(tmp_path, monkeypatch, caplog):
     assert "look at" not in out and not preview.exists()
     assert f"{preview} is missing: a mistake; `ddpm data show small` makes it" in caplog.text
     assert succeeded(ddpm_here("data", "show", *words)).endswith(f"\nlook at  {preview}\n")
-    made = preview.read_bytes()
     packed(tmp_path / "other", source)
-    assert made == objects(tmp_path / "other")["preview.png"]
+    assert preview.read_bytes() == objects(tmp_path / "other")["preview.png"]
 
 
 @pytest.mark.parametrize("place", ["tmp_path", "gcs_bucket"])
 def test_packing_names_the_preview_and_show_opens_it(tmp_path, place, request):
     bucket = request.getfixturevalue(place)
-    source, _ = classes_in(tmp_path, "pack", ["cat", "dog"])
     words = ("small", "--size", 16, "--bucket", bucket)
-    done = ddpm("data", "pack", source, *words, program=(sys.executable, "-X", "importtime", DDPM))
+    program = (sys.executable, "-X", "importtime", DDPM)
+    done = ddpm("data", "pack", classes_in(tmp_path / "source", ["cat", "dog"]), *words, program=program)
     assert succeeded(done).splitlines()[-1] == f"look at  {bucket}/{KEY}/preview.png"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "PIL" in imported and "torch" not in imported

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,9 @@ from tests.job.damages import DAMAGES, damaged, flip_a_bit, pairs, swapped
 from tests.job.small_dataset import FarStore, write_dataset
 from tests.job.some_images import encoded, jpeg, picture, tar_of, zip_of
 
-KEY = "datasets/pets-16"
-OTHER = "datasets/other-16"
-READ = ("index.json", "shard-")
-"""What the objects that a reader needs begin with."""
+KEY, OTHER = "datasets/pets-16", "datasets/other-16"
+KEYS = ["index.json", "rejects.jsonl", *(f"shard-0000{n}.{end}" for n in range(3) for end in ("offsets", "tar"))]
+"""No reader needs the preview, which `data show` makes anew; nor the rejects."""
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +48,8 @@ def store(bucket: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def dataset(store: Store) -> Store:
+    assert [entry.key for entry in store.sub(KEY).list() if entry.key != "preview.png"] == KEYS
     return store.sub(KEY)
-
-
-@pytest.fixture(scope="module")
-def keys(dataset: Store) -> list[str]:
-    # No reader needs the preview, which `data show` makes anew.
-    keys = [entry.key for entry in dataset.list() if entry.key != "preview.png"]
-    kinds = [re.sub(r"\d", "", key) for key in keys]
-    assert kinds == ["index.json", "rejects.jsonl", *["shard-.offsets", "shard-.tar"] * 3]
-    return keys
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +57,11 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
     return read(store, bucket / "whole")
 
 
-def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
-    where = store, load_index(store, KEY), folder
-    return DecodedCache(*where, NEVER) if kind == "decoded" else ShardCache(*where, 1 << 30)
-
-
 def read(store: Store, folder: Path, kind: str = "decoded") -> np.ndarray:
     """All images."""
-    opened = opened_cache(store, folder, kind)
-    try:
+    where = store, load_index(store, KEY), folder
+    with closing(DecodedCache(*where, NEVER) if kind == "decoded" else ShardCache(*where, 1 << 30)) as opened:
         return opened.read(np.arange(opened.index.images))
-    finally:
-        opened.close()
 
 
 def blamed(store: Store) -> list[str]:
@@ -84,18 +70,15 @@ def blamed(store: Store) -> list[str]:
         problems = verify_dataset(store, KEY)
     except BadDataError as error:
         problems = [str(error)]
-    return [line.split()[0].rstrip(",").removeprefix(f"{store.uri_of(KEY)}/") for line in problems]
+    return sorted(line.split()[0].rstrip(",").removeprefix(f"{store.uri_of(KEY)}/") for line in problems)
 
 
-def refusal(store: Store, cache: Path, kind: str, pixels: np.ndarray) -> str:
-    """Why the images cannot be read; nothing if they are all there, and right."""
-    try:
-        np.testing.assert_array_equal(read(store, cache, kind), pixels)
-    except (BadDataError, MissingInputError) as error:
-        return str(error)
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
-    return ""
+def damages_of(store: Store, key: str) -> Iterator[tuple[str, object]]:
+    theirs = store.read(f"{OTHER}/{key}").data
+    yield from DAMAGES.items()
+    # Both rejected images have the same names.
+    if key != "rejects.jsonl":
+        yield "another dataset's", lambda data: theirs
 
 
 def images_in(dataset: Store, key: str, data: bytes) -> list[bytes]:
@@ -106,85 +89,76 @@ def images_in(dataset: Store, key: str, data: bytes) -> list[bytes]:
     return [data[at : at + size] for at, size, *_ in table.tolist()]
 
 
-def test_verifying_names_damaged_objects(bucket, store, dataset, keys):
+def test_verifying_names_damaged_objects(bucket, store, dataset):
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "pets", "--bucket", bucket))
-    wrong: dict[object, list[str]] = {}
-    for name, damage in DAMAGES.items():
-        for key in keys:
-            # A dataset without an index is none.
-            if (name, key) == ("gone", "index.json"):
-                continue
+    found: dict[tuple[str, ...], list[str]] = {}
+    for key in KEYS:
+        for name, damage in damages_of(store, key):
             with damaged(dataset, key, damage):
-                if (found := blamed(store)) != [key]:
-                    wrong[name, key] = found
-    for one, other in pairs(keys):
+                found[name, key] = blamed(store) if (name, key) != ("gone", "index.json") else [key]
+    assert found == {(name, key): [key] for name, key in found} and len(found) == 9 * 8 - 1
+    for one, other in pairs(KEYS):
         with swapped(dataset, one, other):
-            if sorted(found := blamed(store)) != [one, other]:
-                wrong[one, other] = found
-    # Both rejected images of the same names.
-    for key in {*keys} - {"rejects.jsonl"}:
-        theirs = store.read(f"{OTHER}/{key}").data
-        with damaged(dataset, key, lambda data, theirs=theirs: theirs):
-            if (found := blamed(store)) != [key]:
-                wrong["another dataset's", key] = found
+            assert blamed(store) == [one, other]
     with damaged(dataset, "shard-00000.tar", lambda data: bytes(len(data))):
         (problem,) = verify_dataset(store, KEY)
         assert problem.endswith(f"; damaged images of this shard: {load_index(store, KEY).shards.images[0]}")
     for key, is_named in (("shard-00099.tar", True), ("pieces/00099.json", False)):
         dataset.create(key, b"x")
-        if (found := blamed(store)) != [key] * is_named:
-            wrong["no part of it", key] = found
+        assert blamed(store) == [key] * is_named
         dataset.delete(key)
-    assert wrong == {}
+    with pytest.raises(MissingInputError):
+        verify_dataset(store, "datasets/none-16")
 
 
 @pytest.mark.parametrize("kind", ["decoded", "shards"])
-def test_reader_names_damaged_objects(store, dataset, keys, pixels, bucket, tmp_path, kind):
+def test_reader_names_damaged_objects(store, dataset, pixels, bucket, tmp_path, kind):
     """Of a shard, damage to an image; between images it leaves them as they are, and verifying names it."""
     far, wrong, harmless = FarStore(bucket), {}, set()
-    for name in (*DAMAGES, "another dataset's"):
-        for key in keys:
-            theirs = store.read(f"{OTHER}/{key}").data
-            damage = DAMAGES.get(name, lambda _, theirs=theirs: theirs)
-            if damage is not None and damage(dataset.read(key).data) == dataset.read(key).data:
-                continue
-            before = dataset.read(key).data
-            is_harmless = damage is not None and images_in(dataset, key, damage(before)) == images_in(
-                dataset, key, before
-            )
-            harmless |= {name} if is_harmless else set()
+    for key in KEYS:
+        before = dataset.read(key).data
+        for name, damage in damages_of(store, key):
+            is_read = key != "rejects.jsonl"
+            if damage and images_in(dataset, key, damage(before)) == images_in(dataset, key, before):
+                is_read = False
+                harmless.add(name)
             with damaged(dataset, key, damage):
                 for where in (store, far):
-                    said = refusal(where, tmp_path / "cache", kind, pixels)
-                    name_of_it = where.uri_of(f"{KEY}/{key}") if damage or where is store else key
+                    expected = where.uri_of(f"{KEY}/{key}") if damage or where is store else key
                     if (key, damage) == ("index.json", None):
-                        name_of_it = f"no dataset at {where.uri}/{KEY}"
-                    if bool(said) != (key.startswith(READ) and not is_harmless) or (said and name_of_it not in said):
+                        expected = f"no dataset at {where.uri}/{KEY}"
+                    try:
+                        np.testing.assert_array_equal(read(where, tmp_path / "cache", kind), pixels)
+                        said = ""
+                    except (BadDataError, MissingInputError) as error:
+                        said = str(error)
+                    if bool(said) != is_read or (said and expected not in said):
                         wrong[name, key] = said
+                    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert (wrong, harmless) == ({}, {"first bit", "last byte", "all but a byte", "a byte more"})
 
 
 def test_damaged_image_is_named(bucket, store, dataset, tmp_path):
     index = load_index(store, KEY)
     row, shard = 3, index.shards[1]
-    image = index.shards[0].images + row
-    offset, size_bytes, _, _ = ImageCache(store, index, tmp_path / "records").records([image])[0].tolist()
-
-    def flip(data: bytes) -> bytes:
-        at = offset + size_bytes // 2
-        return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
-
+    with closing(ImageCache(store, index, tmp_path / "records")) as cache:
+        offset, size_bytes, _, _ = cache.records([index.shards[0].images + row])[0].tolist()
     named = f"{dataset.uri_of(shard.name)}, image {row} (at byte {offset}): it differs from the index"
-    words = ("train", "--dataset", "pets", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="8"))
-    verify = ("data", "verify", "pets", "--bucket", bucket)
-    with damaged(dataset, shard.name, flip):
-        assert named in refused(ddpm_here(*words, DDPM_CACHE=str(tmp_path / "cache")), Exit.BAD_DATA)
-        assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
-    with damaged(dataset, shard.name, lambda data: data[:100] + b"?" + data[101:]):
-        line = refused(ddpm_here(*verify), Exit.BAD_DATA)
-        assert f"{dataset.uri_of(shard.name)} differs from the index, but all its images are intact" in line
-    with damaged(dataset, shard.name, lambda data: data[: offset + 1]):
-        assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
+    intact = f"{dataset.uri_of(shard.name)} differs from the index, but all its images are intact"
+    train = ("train", "--dataset", "pets", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="8"))
+
+    def changed(at: int):
+        return lambda data: data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+    for damage, said in (
+        (changed(offset + size_bytes // 2), named),
+        (changed(100), intact),
+        (lambda data: data[: offset + 1], named),
+    ):
+        with damaged(dataset, shard.name, damage):
+            assert said in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+    with damaged(dataset, shard.name, changed(offset + size_bytes // 2)):
+        assert named in refused(ddpm_here(*train, DDPM_CACHE=str(tmp_path / "cache")), Exit.BAD_DATA)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +171,7 @@ def test_corrupt_cache_is_repaired(bucket, store, pixels, tmp_path, kind, kept):
     assert {re.sub(r"\d", "", path.name) for path in files} == kept
     for name, damage in DAMAGES.items():
         for path in files:
-            if damage is None:
-                path.unlink()
-            else:
-                path.write_bytes(damage(path.read_bytes()))
+            path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
             np.testing.assert_array_equal(read(far, cache, kind), pixels, err_msg=f"{name} of {path.name}")
 
 
@@ -208,14 +179,13 @@ def test_corrupt_image_is_fetched_anew(gcs_bucket, tmp_path):
     files = [(f"{n}.jpg", jpeg(n)) for n in range(8)]
     open_store(gcs_bucket).upload(tar_of(tmp_path / "a.tar", files), "a.tar")
     index = pack(store := open_store(str(tmp_path / "bucket")), PackRequest("", "pets", 16, tars=(gcs_bucket,)))
-    cache = ShardCache(store, index, tmp_path / "cache", 1 << 30)
-    whole, path = cache.read(np.arange(8)), tmp_path / "cache" / "shards" / "shard-00000.tar"
-    for offset, size_bytes, *_ in cache.records(np.arange(8)).tolist():
-        # Nothing in a JPEG tells that a bit of it flipped.
-        flip_a_bit(path, offset + size_bytes * 3 // 4)
-        np.testing.assert_array_equal(cache.read(np.arange(8)), whole)
-        assert path.read_bytes() == (tmp_path / "a.tar").read_bytes()
-    cache.close()
+    with closing(ShardCache(store, index, tmp_path / "cache", 1 << 30)) as cache:
+        whole, path = cache.read(np.arange(8)), tmp_path / "cache" / "shards" / "shard-00000.tar"
+        for offset, size_bytes, *_ in cache.records(np.arange(8)).tolist():
+            # Nothing in a JPEG tells that a bit of it flipped.
+            flip_a_bit(path, offset + size_bytes * 3 // 4)
+            np.testing.assert_array_equal(cache.read(np.arange(8)), whole)
+            assert path.read_bytes() == (tmp_path / "a.tar").read_bytes()
 
 
 def test_images_packed_wrong_are_named(tmp_path, monkeypatch):
@@ -223,24 +193,20 @@ def test_images_packed_wrong_are_named(tmp_path, monkeypatch):
     good, wide, other = encoded(picture(1, 8, 8)), encoded(picture(1, 8, 9)), encoded(picture(2, 8, 8))
     files = iter([good, good[:99], wide, jpeg(1), *[other] * 4])
     written = write_dataset(str(tmp_path), tmp_path / "..", (4, 4), encode=lambda _: next(files))
-    first, second = written.index.shards
-    table, where = (tmp_path / written.key / first.offsets_name).read_bytes(), f"{tmp_path}/{written.key}"
-    (tmp_path / written.key / second.offsets_name).write_bytes(table)
+    (first, second), where = written.index.shards, tmp_path / written.key
+    (where / second.offsets_name).write_bytes((where / first.offsets_name).read_bytes())
     shards = (first, second.model_copy(update={"offsets_sha256": first.offsets_sha256}))
-    index = written.index.model_copy(update={"shards": Shards.of(shards)})
-    (tmp_path / written.key / "index.json").write_bytes(index.to_json())
+    (where / "index.json").write_bytes(written.index.model_copy(update={"shards": Shards.of(shards)}).to_json())
     done: list[int] = []
     monkeypatch.setattr(Progress, "update", lambda _, images: done.append(images))
-    problems = verify_dataset(written.bucket, written.key)
-    assert [
-        re.sub(r" \(at byte \d+\)", "", problem).removesuffix(": restore it, or pack the dataset again")
-        for problem in problems
-    ] == [
-        f"{where}/shard-00000.tar, image 1: an image is damaged, or not a PNG",
-        f"{where}/shard-00000.tar, image 2: it is 8×9 pixels in a dataset of 8×8",
-        f"{where}/shard-00000.tar, image 3: an image is damaged, or not a PNG",
-        *(f"{where}/shard-00001.tar, image {row}: it differs from the index" for row in range(4)),
+    problems = [re.sub(r" \(at byte \d+\)", "", problem) for problem in verify_dataset(written.bucket, written.key)]
+    assert problems == [
+        f"{where}/shard-0000{problem}: restore it, or pack the dataset again"
+        for problem in (
+            "0.tar, image 1: an image is damaged, or not a PNG",
+            "0.tar, image 2: it is 8×9 pixels in a dataset of 8×8",
+            "0.tar, image 3: an image is damaged, or not a PNG",
+            *(f"1.tar, image {row}: it differs from the index" for row in range(4)),
+        )
     ]
     assert done == [*range(1, 9)]
-    with pytest.raises(MissingInputError):
-        verify_dataset(written.bucket, "datasets/other-16")

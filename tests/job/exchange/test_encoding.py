@@ -25,26 +25,21 @@ from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.sampling.by_hand import ddim_50, estimate_of
-from tests.job.stops import StopWhen
+from tests.job.launching import StopWhen
+from tests.job.sampling.conftest import ddim_50, estimate_of
 
 KEY = "datasets/tiles-latents-8"
 NAMES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def make_autoencoder(folder, levels=2, **changes):
+    """A small one of diffusers, which nobody trained; it halves images `levels` - 1 times."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    options = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": (8, 16),
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-        **changes,
-    }
-    AutoencoderKL(**options).save_pretrained(folder)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    sizes = {"block_out_channels": (8, 16), "latent_channels": 4, "norm_num_groups": 4}
+    AutoencoderKL(**kinds, **{**sizes, **changes}).save_pretrained(folder)
     return folder
 
 
@@ -74,10 +69,12 @@ def bucket(images, autoencoder, tmp_path_factory):
     return bucket
 
 
-def judge(folder):
+@torch.no_grad()
+def judged(folder, way, x):
+    """What diffusers makes of images or latents."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder).eval()
+    return getattr(AutoencoderKL.from_pretrained(folder).eval(), way)(x)
 
 
 def test_latents_are_the_autoencoders(bucket, autoencoder):
@@ -88,8 +85,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     assert len(index.shards) == len(source.shards) > 2
     assert (str(index.size), index.image_shape, index.classes) == ("8", (8, 8, 16), source.classes)
     pixels = ImageCache(store, source).read(np.arange(source.images))
-    with torch.no_grad():
-        theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    theirs = judged(autoencoder, "encode", torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
     paths = [str(bucket / KEY / shard.name) for shard in index.shards]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
@@ -113,16 +109,14 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     assert (config.data.flip, config.sample.clip, config.image_shape) == (False, False, (4, 8, 8))
     assert verify_run(store, "r").problems == []
     rows = [json.loads(line) for path in (bucket / "runs/r/metrics").glob("*.jsonl") for line in path.open()]
-    held_out = [row for row in rows if "val_loss" in row]
-    assert held_out
-    assert "val_bits_per_dim" not in held_out[0]
+    (held_out, *_) = (row for row in rows if "val_loss" in row)
+    assert "val_bits_per_dim" not in held_out
     seeds = torch.arange(3)
     latents = ddim_50(estimate_of(bucket, "r", seeds), noise_of(seeds, config.image_shape)(0))
     assert (latents.abs() > 1).float().mean() > 0.1, "latents have no bounds, and clipping them has to be seen here"
     encoding = index.encoding
     z = latents * torch.tensor(encoding.std)[:, None, None] + torch.tensor(encoding.mean)[:, None, None]
-    with torch.no_grad():
-        theirs = judge(autoencoder).decode(z).sample.permute(0, 2, 3, 1)
+    theirs = judged(autoencoder, "decode", z).sample.permute(0, 2, 3, 1)
     words = ("--count", 3, "--save", "png", "--batch-size", 3, "--steps", 50, "--precision", "fp32")
     succeeded(ddpm_here("sample", "--run", "r", "--bucket", bucket, *words))
     paths = sorted(bucket.glob("runs/r/samples/*/piece-00000/*.png"))
@@ -173,16 +167,14 @@ def test_what_is_about_pixels_is_refused(bucket, tmp_path):
     again = ("data", "encode", "tiles-latents", "--autoencoder", tmp_path, "--bucket", bucket)
     assert "holds latents already, of tiles" in refused(ddpm_here(*again), Exit.BAD_REQUEST)
     done = ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket)
-    succeeded(done)
-    assert "DDIMPipeline samples pixels" in done.stderr
+    assert succeeded(done) and "DDIMPipeline samples pixels" in done.stderr
 
 
 def test_changed_autoencoders_are_noticed(bucket, tmp_path):
     changed = shutil.copytree(bucket, tmp_path / "bucket")
     flip_a_bit(changed / KEY / "autoencoder" / NAMES[1], -1)
-    assert "diffusion_pytorch_model.safetensors differs from the index" in refused(
-        ddpm_here("data", "verify", "tiles-latents", "--bucket", changed), Exit.BAD_DATA
-    )
+    verified = ddpm_here("data", "verify", "tiles-latents", "--bucket", changed)
+    assert "diffusion_pytorch_model.safetensors differs from the index" in refused(verified, Exit.BAD_DATA)
     sample = ("sample", "--run", "r", "--seeds", 0, "--bucket", changed)
     done = ddpm_here(*sample, DDPM_CACHE=str(tmp_path / "cache"))
     assert "or autoencoder/config.json differs from the index" in refused(done, Exit.BAD_DATA)
@@ -193,7 +185,9 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     encode = ("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket)
     with monkeypatch.context() as patch:
         is_begun = StopWhen(lambda: any((bucket / KEY / "pieces").glob("*.json")))
-        patch.setattr("job.coordination.outcome.Stop", lambda: Installed(is_begun))
+        # In the place of one that listens to signals.
+        is_begun.install = lambda signals=True: is_begun
+        patch.setattr("job.coordination.outcome.Stop", lambda: is_begun)
         done = ddpm_here(*encode)
     assert "all whole pieces are saved" in refused(done, Exit.STOPPED)
     entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / "pieces").glob("*.json")}
@@ -201,9 +195,8 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     assert not (bucket / KEY / INDEX).exists()
     shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
     other = make_autoencoder(tmp_path / "other", layers_per_block=2)
-    assert "holds shards of other images than tiles-held-out-16 has now, or with other parameters" in refused(
-        ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
-    )
+    line = refused(ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST)
+    assert "holds shards of other images than tiles-held-out-16 has now, or with other parameters" in line
     succeeded(ddpm_here(*encode))
     first = min(shards)
     assert first.stat().st_mtime_ns == shards[first]
@@ -217,67 +210,42 @@ def test_encoding_resumes_behind_the_last_shard(images, autoencoder, tmp_path, m
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
 
 
-class Installed:
-    """A stop of a test in the place of one that listens to signals."""
-
-    def __init__(self, stop):
-        self._stop = stop
-
-    def install(self, *, signals=True):
-        return self._stop
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"in_channels": 1, "out_channels": 1}, "encodes 1 channels"),
-        ({"levels": 6, "block_out_channels": (4,) * 6}, "halves images 5 times"),
-    ],
-)
-def test_unfit_autoencoders_are_refused(images, tmp_path, changes, said):
-    other = make_autoencoder(tmp_path / "other", **changes)
-    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
-    assert said in refused(done, Exit.BAD_CONFIG)
+# What another autoencoder is made with, or else what is said in its files; the code, and the words.
+UNFIT = [
+    ({"in_channels": 1, "out_channels": 1}, {}, Exit.BAD_CONFIG, "encodes 1 channels"),
+    ({"levels": 6, "block_out_channels": (4,) * 6}, {}, Exit.BAD_CONFIG, "halves images 5 times"),
+    ({}, {"_class_name": "VQModel"}, Exit.BAD_DATA, "is a VQModel"),
+    ({}, {"block_out_channels": [8, 10**9]}, Exit.BAD_DATA, "its weights do not fit its configuration"),
+    ({}, {"layers_per_block": 10**9}, Exit.BAD_DATA, "do not fit its configuration (layers_per_block=1000000000"),
+    ({}, {"layers_per_block": 2}, Exit.BAD_DATA, "its weights do not fit its configuration"),
+    ({}, {"down_block_types": ["Nonsense"] * 2}, Exit.BAD_DATA, "its weights do not fit its configuration"),
+    # Infinite latents; what is finite may still overflow.
+    (
+        {},
+        {"encoder.conv_in.bias": float("nan")},
+        Exit.BAD_DATA,
+        "encoder.conv_in.bias holds values that are not finite",
+    ),
+    ({}, {"quant_conv.bias": 1e30}, Exit.BAD_DATA, "image 0 of tiles"),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"_class_name": "VQModel"}, "is a VQModel"),
-        ({"block_out_channels": [8, 10**9]}, "its weights do not fit its configuration"),
-        ({"layers_per_block": 10**9}, "its weights do not fit its configuration (layers_per_block=1000000000"),
-        ({"layers_per_block": 2}, "its weights do not fit its configuration"),
-        ({"down_block_types": ["Nonsense", "Nonsense"]}, "its weights do not fit its configuration"),
-    ],
-)
-def test_damaged_autoencoders_are_refused(images, autoencoder, tmp_path, config, said):
-    other = shutil.copytree(autoencoder, tmp_path / "other")
-    described = json.loads((other / NAMES[0]).read_text())
-    (other / NAMES[0]).write_text(json.dumps(described | config))
-    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
-    assert said in refused(done, Exit.BAD_DATA)
-    (other / NAMES[1]).write_bytes((autoencoder / NAMES[1]).read_bytes()[:2000])
-    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
-    assert "truncated" in refused(done, Exit.BAD_DATA)
-    assert not (open_store(images).exists(f"{KEY}/{INDEX}"))
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(float("nan"), "encoder.conv_in.bias holds values that are not finite"), (1e30, "image 0 of tiles")],
-)
-def test_infinite_latents_are_refused(images, autoencoder, tmp_path, value, said):
+@pytest.mark.parametrize(("changes", "said", "code", "line"), UNFIT)
+def test_unfit_and_damaged_autoencoders_are_refused(images, tmp_path, changes, said, code, line):
     from safetensors.torch import load_file, save_file
 
-    other = shutil.copytree(autoencoder, tmp_path / "other")
-    tensors = load_file(other / NAMES[1])
-    # What is finite may still overflow.
-    name = "encoder.conv_in.bias" if value != value else "quant_conv.bias"
-    tensors[name].fill_(value)
-    save_file(tensors, other / NAMES[1])
-    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--to", "bad", "--bucket", images)
-    line = refused(done, Exit.BAD_DATA)
-    assert said in line.replace("tiles-held-out", "tiles")
+    other = make_autoencoder(tmp_path / "other", **changes)
+    for name, value in said.items():
+        if name.endswith("bias"):
+            tensors = load_file(other / NAMES[1])
+            tensors[name].fill_(value)
+            save_file(tensors, other / NAMES[1])
+        else:
+            (other / NAMES[0]).write_text(json.dumps(json.loads((other / NAMES[0]).read_text()) | {name: value}))
+    encode = ("data", "encode", "tiles", "--autoencoder", other, "--to", "bad", "--bucket", images)
+    assert line in refused(ddpm_here(*encode), code).replace("tiles-held-out", "tiles")
+    (other / NAMES[1]).write_bytes((other / NAMES[1]).read_bytes()[:2000])
+    assert code == Exit.BAD_CONFIG or "truncated" in refused(ddpm_here(*encode), Exit.BAD_DATA)
     assert not list(open_store(images).list("datasets/bad-8"))
 
 
@@ -292,8 +260,8 @@ def test_infinite_packed_latents_are_named(bucket, tmp_path):
     offset, size_bytes = int(rows["offset"][1]), int(rows["bytes"][1])
     content[offset + size_bytes - 2 : offset + size_bytes] = np.float16("nan").tobytes()
     rows["sha256"][1] = np.void(hashlib.sha256(content[offset : offset + size_bytes]).digest()[:16])
-    hashes = {"sha256": content, "offsets_sha256": rows.tobytes()}
-    hashes = {key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()}
+    whole = {"sha256": content, "offsets_sha256": rows.tobytes()}
+    hashes = {key: hashlib.sha256(data).hexdigest() for key, data in whole.items()}
     forged = shard.model_copy(update=hashes | {"name": shard_name(0, hashes["sha256"])})
     (copied / KEY / forged.name).write_bytes(content)
     (copied / KEY / forged.offsets_name).write_bytes(rows.tobytes())
@@ -301,9 +269,8 @@ def test_infinite_packed_latents_are_named(bucket, tmp_path):
         (copied / KEY / name).unlink()
     forged_index = index.model_copy(update={"shards": Shards.of([forged, *list(index.shards)[1:]])})
     (copied / KEY / INDEX).write_bytes(forged_index.to_json())
-    verified = ddpm_here("data", "verify", "tiles-latents", "--bucket", copied)
-    assert "image 1 (at byte" in refused(verified, Exit.BAD_DATA)
-    assert "its latents are not finite" in refused(verified, Exit.BAD_DATA)
+    line = refused(ddpm_here("data", "verify", "tiles-latents", "--bucket", copied), Exit.BAD_DATA)
+    assert "image 1 (at byte" in line and "its latents are not finite" in line
     words = ("train", "--dataset", "tiles-latents", "--run", "new", "--epochs", 1, "--bucket", copied)
     done = ddpm_here(*words, *settings(model__attention_sizes="4"), DDPM_CACHE=str(tmp_path / "cache"))
     assert "image 1 (at byte" in refused(done, Exit.BAD_DATA)

@@ -33,45 +33,46 @@ def export(bucket, run, to, *more):
     return ddpm_here("export", "--run", run, "--to", to, "--bucket", bucket, *more)
 
 
-def test_exports_are_pipelines_with_cards(bucket, tmp_path):
+def told(out, **changes):
+    """What one has after typing the code of an export's card, with some words changed."""
+    card, seen = (out / "README.md").read_text(), {}
+    (code,) = (part.removeprefix("python\n") for part in card.split("```")[1::2])
+    for before, after in ({"this folder": str(out)} | changes).items():
+        assert before in code
+        code = code.replace(before, after)
+    exec(code, seen)
+    assert len(seen["images"]) == 4
+    return card, seen
+
+
+def test_exports_are_pipelines_with_cards(bucket, tmp_path, monkeypatch):
     from diffusers import DDIMPipeline
 
-    said = succeeded(export(bucket, "images", tmp_path / "out"))
-    assert f"{tmp_path}/out  (epoch-0001, weights ema, " in said
+    monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
+    done = export(bucket, "images", tmp_path / "out")
+    assert f"{tmp_path}/out  (epoch-0001, weights ema, " in succeeded(done)
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     beside = {"README.md", "grid.png", "run_config.yaml", "scheduler/scheduler_config.json"}
     assert names == {"model_index.json", *unet, *beside}
-    card = (tmp_path / "out/README.md").read_text()
-    assert "Licence of the images: not stated." in card
-    assert "299 images of tiles" in card
+    card, seen = told(tmp_path / "out", **{"num_inference_steps=4": "num_inference_steps=5"})
+    assert isinstance(seen["pipeline"], DDIMPipeline)
+    assert "Licence of the images: not stated." in card and "299 images of tiles" in card
     # As the hub reads it, and what its client would send.
-    assert ModelCard(card).data.to_dict() == {
-        "library_name": "diffusers",
-        "tags": ["unconditional-image-generation", "ddpm"],
-    }
+    tags = ["unconditional-image-generation", "ddpm"]
+    assert ModelCard(card).data.to_dict() == {"library_name": "diffusers", "tags": tags}
     sent = [CommitOperationAdd(name, tmp_path / "out" / name) for name in names]
     assert all(operation.upload_info.size for operation in sent)
-    # What the card says is what one types.
-    (code,) = (part.removeprefix("python\n") for part in card.split("```")[1::2])
-    seen: dict = {}
-    exec(
-        code.replace("this folder", str(tmp_path / "out")).replace("num_inference_steps=4", "num_inference_steps=5"),
-        seen,
-    )
-    assert isinstance(seen["pipeline"], DDIMPipeline)
-    assert len(seen["images"]) == 4
+    # Each object shows when it is written, of which none has a megabyte.
+    assert done.stderr.count("exporting images: 0 MB") == len(names)
 
 
 def test_card_of_a_rectified_flow_has_its_pipeline(bucket, tmp_path):
     words = ("--dataset", "tiles", "--run", "flow", "--epochs", 1, "--bucket", bucket)
     succeeded(ddpm_here("train", *words, *settings(model__num_classes="0", **FLOW)))
     succeeded(export(bucket, "flow", tmp_path / "out"))
-    (code,) = (part.removeprefix("python\n") for part in (tmp_path / "out/README.md").read_text().split("```")[1::2])
-    seen: dict = {}
-    exec(code.replace("this folder", str(tmp_path / "out")), seen)
+    _, seen = told(tmp_path / "out")
     assert type(seen["pipeline"].scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-    assert len(seen["images"]) == 4
 
 
 def test_killed_exports_resume(bucket, tmp_path):
@@ -126,12 +127,10 @@ def test_exports_with_classes_bring_their_pipeline(bucket, tmp_path, monkeypatch
     done = export(bucket, run, out)
     succeeded(done)
     assert "without model_index.json" not in done.stderr
-    card = (tmp_path / "out/README.md").read_text()
+    card, seen = told(tmp_path / "out")
     assert "the names of the classes: coast, desert, hills, mountain, skyline." in card
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(out)
-    seen: dict = {}
-    exec(card.split("```")[1].removeprefix("python\n").replace("this folder", out), seen)
     assert [image.size for image in seen["images"]] == [(16, 16)] * 4
     pipeline = DiffusionPipeline.from_pretrained(out, custom_pipeline=out, trust_remote_code=True)
     noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -165,15 +164,15 @@ def test_impossible_exports_leave_nothing(bucket, tmp_path):
     tiny = ("model.kind=dit", "model.width=16", "model.depth=1", "model.heads=2", *small)
     words = [word for setting in tiny for word in ("--set", setting)]
     succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dit", "--epochs", 1, "--bucket", bucket, *words))
-    said = refused(export(bucket, "dit", tmp_path / "dit"), Exit.BAD_REQUEST)
-    assert "model.kind=dit is not a network" in said
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    assert "notes.txt is there already" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)
-    assert "such as 80, or latest" in refused(
-        export(bucket, "images", tmp_path / "x", "--checkpoint", "1,2"), Exit.BAD_REQUEST
-    )
-    assert "no run 'nope'" in refused(export(bucket, "nope", tmp_path / "x"), Exit.MISSING_INPUT)
+    for run, to, code, said, *more in [
+        ("dit", "dit", Exit.BAD_REQUEST, "model.kind=dit is not a network"),
+        ("images", "full", Exit.BAD_REQUEST, "notes.txt is there already"),
+        ("images", "x", Exit.BAD_REQUEST, "such as 80, or latest", "--checkpoint", "1,2"),
+        ("nope", "x", Exit.MISSING_INPUT, "no run 'nope'"),
+    ]:
+        assert said in refused(export(bucket, run, tmp_path / to, *more), code)
     assert not (tmp_path / "x").exists()
 
 

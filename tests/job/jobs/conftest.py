@@ -1,4 +1,4 @@
-"""Google's APIs and those of a cluster, for tests of jobs."""
+"""Google's APIs and those of a cluster, for tests of jobs; nobody is patient with them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from tests.job.jobs.google_server import GoogleServer, google_server
 from tests.job.jobs.kubernetes_server import Cluster, kubernetes_server
 from tests.job.jobs.submitting import TARGETS
 
+Patch = pytest.MonkeyPatch
+
 
 @pytest.fixture
-def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
-    """Google's APIs on this machine, which all clients of this process and its children find; nobody is patient."""
+def cloud(monkeypatch: Patch) -> Iterator[GoogleServer]:
+    """Google's APIs on this machine, which all clients of this process and its children find."""
     from job.jobs.backends import google
 
     with google_server() as server:
@@ -23,22 +25,20 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
             # gcloud's own values end with a path.
             path = "compute/v1/" if api == "COMPUTE" else ""
             monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"{server.url}/{path}")
-        monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01, 0.01, 0.01))
-        monkeypatch.setattr(google, "CHANGE_POLL_SECONDS", 0.01)
-        monkeypatch.setattr(google, "LOG_POLL_SECONDS", 0.05)
-        monkeypatch.setattr(google, "LOG_SETTLE_SECONDS", 0.3)
+        limits = {"CHANGE_POLL_SECONDS": 0.01, "LOG_POLL_SECONDS": 0.05, "LOG_SETTLE_SECONDS": 0.3}
+        for name, seconds in (limits | {"API_RETRY_PAUSES_SECONDS": (0.01,) * 3}).items():
+            monkeypatch.setattr(google, name, seconds)
         yield server
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A cluster on this machine, and the kubeconfig for it in `tmp_path`; nobody is patient."""
+def server(tmp_path: Path, monkeypatch: Patch) -> Iterator[Cluster]:
+    """A cluster on this machine, and the kubeconfig for it in `tmp_path`."""
     from job.jobs.backends import kubernetes
 
-    monkeypatch.setattr(kubernetes, "GONE_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(kubernetes, "API_RETRIES", 3)
-    monkeypatch.setattr(kubernetes, "API_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(kubernetes, "PODS_POLL_SECONDS", 0.05)
+    limits = {"GONE_POLL_SECONDS": 0.02, "API_RETRIES": 3, "API_RETRY_SECONDS": 0.01, "PODS_POLL_SECONDS": 0.05}
+    for name, limit in limits.items():
+        monkeypatch.setattr(kubernetes, name, limit)
     with kubernetes_server() as running:
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(running.kubeconfig()))
@@ -47,7 +47,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A working folder and a cache of the test's own, and no variable that says otherwise."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))

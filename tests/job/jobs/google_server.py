@@ -25,13 +25,7 @@ PROJECT = "my-project"
 
 
 class Refusal(Exception):
-    """An answer with an error (cloud.google.com/apis/design/errors, and Compute Engine's older form of it)."""
-
-    def __init__(self, status: int, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        errors = [{"message": message, "domain": "global", "reason": reason}] if reason else []
-        self.body = {"error": {"code": status, "message": message, "errors": errors}}
+    """A status, a message and a reason (cloud.google.com/apis/design/errors, and Compute Engine's older form of it)."""
 
 
 def parsed(body: Any, message_type: str) -> Any:
@@ -124,6 +118,9 @@ class Compute:
         return {"items": zones}
 
 
+_JOB = re.compile(r"/v1/(projects/[^/]+/locations/[^/]+/jobs)(/[^/:]+)?(/taskGroups/group0/tasks|:cancel)?")
+
+
 class Batch:
     """Jobs by full name, and their tasks; they stay as they are until a test moves them on."""
 
@@ -135,28 +132,23 @@ class Batch:
         """The first job of that short name."""
         return next(full for full in self.jobs if full.endswith(f"/jobs/{name}"))
 
-    def move(self, name: str, state: str, event: str = "") -> None:
+    def move(self, state: str, event: str = "", name: str = "train-celeba") -> None:
         """Has a job in a state, with a word about it."""
         status = self.jobs[self.full(name)]["status"]
         status["state"] = state
         status["statusEvents"].append({"description": event or f"Job state is set to {state}"})
 
-    def end_task(self, name: str, *codes: int, index: int = 0) -> None:
-        """Has a task of a job run, and end with each of the codes in turn."""
-        tasks = self.tasks.setdefault(self.full(name), [])
-        while len(tasks) <= index:
-            tasks.append({"status": {"state": "PENDING", "statusEvents": []}})
-        status = tasks[index]["status"]
+    def end_task(self, *codes: int, name: str = "train-celeba") -> None:
+        """Has the task of a job run, and end with each of the codes in turn."""
+        task = {"status": {"state": "PENDING", "statusEvents": []}}
+        status = self.tasks.setdefault(self.full(name), [task])[0]["status"]
         for code in codes:
             status["state"] = "FAILED" if code else "SUCCEEDED"
             ended = {"taskState": status["state"], "taskExecution": {"exitCode": code} if code else {}}
             status["statusEvents"] += [{"taskState": "RUNNING"}, ended]
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Json | None:
-        match = re.fullmatch(
-            r"/v1/(projects/[^/]+/locations/[^/]+/jobs)(/[^/:]+)?(/taskGroups/group0/tasks|:cancel)?", path
-        )
-        if not match:
+        if not (match := _JOB.fullmatch(path)):
             return None
         parent, name, part = match.groups()
         if name is None and method == "POST":
@@ -168,7 +160,7 @@ class Batch:
         if full not in self.jobs:
             raise Refusal(404, f"Resource '{full}' was not found")
         if part == ":cancel":
-            self.move(name[1:], "CANCELLED")
+            self.move("CANCELLED", name=name[1:])
         elif part:
             return answered({"tasks": self.tasks.get(full, [])}, "batch_v1.ListTasksResponse")
         elif method == "DELETE":
@@ -236,9 +228,8 @@ def _matches(entry: Json, filter_: str) -> bool:
         found: Any = entry
         for key in re.findall(r"[\w-]+", path):
             found = found.get(key) if isinstance(found, dict) else None
-        if operator == ">=":
-            return str(datetime.fromisoformat(found) >= datetime.fromisoformat(wanted))
-        return str(found == wanted)
+        is_later = operator == ">=" and datetime.fromisoformat(found) >= datetime.fromisoformat(wanted)
+        return str(is_later or found == wanted)
 
     # AND binds closer than OR, as in Python; what is left over is no Python.
     expression = re.sub(r'([\w."-]+?)(>?=)"([^"]*)"', judged, filter_)
@@ -254,7 +245,7 @@ class GoogleServer:
         self.accounts = {f"ddpm-job@{PROJECT}.iam.gserviceaccount.com"}
         self.metadata = {
             "project/project-id": PROJECT,
-            "instance/name": "celeba",
+            "instance/name": "train-celeba",
             "instance/zone": f"projects/{PROJECT}/zones/us-central1-a",
             "instance/service-accounts/default/token": json.dumps({"access_token": TOKEN, "expires_in": 3599}),
         }
@@ -317,7 +308,9 @@ def google_server() -> Iterator[GoogleServer]:
             try:
                 self.say(200, google.answer(self.command, self.path, self.heard(), self.headers))
             except Refusal as refusal:
-                self.say(refusal.status, refusal.body)
+                status, message, *reasons = refusal.args
+                errors = [{"message": message, "domain": "global", "reason": reason} for reason in reasons]
+                self.say(status, {"error": {"code": status, "message": message, "errors": errors}})
 
         do_POST = do_DELETE = do_GET
 

@@ -17,8 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tests.job.answering import JsonHandler, serving
-from tests.job.jobs.admission import refusals
-from tests.job.jobs.kubernetes_jobs import schema_problems
+from tests.job.jobs.admission import refusals, schema_problems
 
 Object = dict[str, Any]
 SERVED = {
@@ -36,11 +35,7 @@ _INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class Refusal(Exception):
-    """An answer that is a Status with an error."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+    """A code, and the message of a Status with an error."""
 
 
 class Cluster:
@@ -72,12 +67,12 @@ class Cluster:
         self._ticks = 0
         self._lock = threading.RLock()
 
-    def kubeconfig(self, **user: Any) -> Object:
-        """The content of a kubeconfig for it; `user` is how one signs in."""
+    def kubeconfig(self) -> Object:
+        """The content of a kubeconfig for it."""
         return {
             "current-context": "test",
             "clusters": [{"name": "test", "cluster": {"server": self.url}}],
-            "users": [{"name": "somebody", "user": user or {"token": "right"}}],
+            "users": [{"name": "somebody", "user": {"token": "right"}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "somebody"}}],
         }
 
@@ -141,9 +136,9 @@ class Cluster:
         with self._lock:
             self._objects[namespace, plural, made["metadata"]["name"]] = made
 
-    def names(self, plural: str, namespace: str = "default") -> list[str]:
-        """Names of the objects there are."""
-        return [thing["metadata"]["name"] for thing in self.list(plural, namespace)]
+    def names(self, *plurals: str) -> list[str]:
+        """Names of the objects there are in the first namespace."""
+        return [thing["metadata"]["name"] for plural in plurals for thing in self.list(plural)]
 
     def change(self, plural: str, name: str, namespace: str = "default", **status: Any) -> None:
         """Replaces parts of an object's status."""
@@ -179,8 +174,7 @@ class Cluster:
 
     def remove(self, plural: str, name: str, namespace: str = "default") -> None:
         """An object goes, as a pod with its node."""
-        with self._lock:
-            del self._objects[namespace, plural, name]
+        self._objects.pop((namespace, plural, name))
 
     def kill_kubelet(self, node: str) -> None:
         """A kubelet dies. Its pods are deleted after the 300 s that they tolerate by default, and stay as they were."""
@@ -227,9 +221,8 @@ class Cluster:
         with self._lock:
             owned = [key for key, thing in self._objects.items() if uid in _owners(thing)]
             held = [key for key in owned if self._objects[key]["spec"].get("nodeName") in self._silent]
-            for key in set(owned) - set(held):
-                del self._objects[key]
-            for key in [key for key, thing in self._objects.items() if thing["metadata"]["uid"] == uid and not held]:
+            own = [key for key, thing in self._objects.items() if thing["metadata"]["uid"] == uid and not held]
+            for key in {*owned, *own} - {*held}:
                 del self._objects[key]
 
 
@@ -246,7 +239,8 @@ class _Handler(JsonHandler):
             try:
                 self.serve()
             except Refusal as refusal:
-                self.say(refusal.code, {"kind": "Status", "code": refusal.code, "message": str(refusal)})
+                code, message = refusal.args
+                self.say(code, {"kind": "Status", "code": code, "message": message})
 
     do_POST = do_DELETE = do_GET
 
@@ -267,10 +261,9 @@ class _Handler(JsonHandler):
         if path == "/api":
             return {"kind": "APIVersions", "versions": ["v1"]}
         if path == "/apis":
-            versions = [
-                {"groupVersion": api, "version": api.split("/")[1]} for api in self.cluster.served if "/" in api
-            ]
-            groups = [{"name": one["groupVersion"].split("/")[0], "versions": [one]} for one in versions]
+            pairs = [api.split("/") for api in self.cluster.served if "/" in api]
+            versions = [(name, {"groupVersion": f"{name}/{version}", "version": version}) for name, version in pairs]
+            groups = [{"name": name, "versions": [version]} for name, version in versions]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
         api, common = path.removeprefix("/apis/").removeprefix("/api/"), {"namespaced": True, "verbs": ["create"]}
         if api not in self.cluster.served:

@@ -1,4 +1,4 @@
-"""Targets of every kind, and jobs made of command lines for them."""
+"""Targets of every kind, jobs made of words or of fields for them, and outputs that are kept beside the tests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import yaml
 import job
 from job.cli import command
 from job.cli.app import EXAMPLES
-from job.jobs.backends import JobStatus, JsonObject, Target
+from job.jobs.backends import JobStatus, Target
 from job.jobs.spec import JobSpec
-from job.jobs.submit import formatted, spec_of
-from job.jobs.targets import BACKENDS, BUILT_IN, target_on
+from job.jobs.submit import spec_of
+from job.jobs.targets import BACKENDS, BUILT_IN, parse_targets, target_on
 from job.requests import JobRequest, SubmitRequest
 
 TARGETS = """
@@ -32,9 +32,18 @@ s3: {backend: kubernetes, image: i, env: {A: b}}
 queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
 batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
+GKE = {"image": "registry.example.com/ddpm@sha256:" + "5f" * 32, "bucket": "gs://bucket", "gpu_type": "nvidia-l4"}
+GKE |= {"backend": "kubernetes", "service_account": "ddpm"}
+QUEUED = GKE | {"queue": "gpus", "namespace": "training", "grace_seconds": 105}
+GOOGLE = {"project": "my-project", "image": "us-central1-docker.pkg.dev/my-project/ddpm/ddpm:1"}
+GOOGLE |= {"service_account": "ddpm-job@my-project.iam.gserviceaccount.com"}
+ZONES, REGIONS = ["us-central1-a", "us-east1-c"], ["us-central1", "us-east1"]
+KEYS = {"gke": GKE, "queued": QUEUED, "vm": GOOGLE | {"backend": "vm", "zones": ZONES}}
+KEYS |= {"batch": GOOGLE | {"backend": "batch", "regions": REGIONS}}
 DOCS = Path(job.__file__).parents[1] / "docs"
 FOR_TRAIN = ["--dataset", "celeba"]
 REWRITE = "DDPM_TEST_REWRITE_GOLDEN"
+GOLDEN = Path(__file__).with_name("golden")
 
 
 def _shown(backend: str) -> dict[str, Any]:
@@ -70,16 +79,36 @@ def built(verb: str, words: list[str], on: str = "gke", **machines) -> JobSpec:
     return spec_of(request, target_on(on), replace(how, **machines))
 
 
+def target(keys: str | dict[str, Any] = "gke", /, **changes: Any) -> Any:
+    """A target of these keys, or of known ones, that has sent no request yet; `changes` replace keys."""
+    block = KEYS.get(keys, {"backend": keys}) if isinstance(keys, str) else keys
+    name = keys if isinstance(keys, str) else str(block["backend"])
+    return parse_targets(yaml.safe_dump({name: block | changes}), "targets.yaml", name)[name]
+
+
+def spec(name: str = "train-celeba", **changes: Any) -> JobSpec:
+    """A training job; `changes` replace its fields."""
+    argv = ("train", "--dataset", "celeba", "--wait", "65", "--bucket", "gs://bucket")
+    given: dict[str, Any] = {"verb": "train", "argv": argv, "image": GOOGLE["image"], "bucket": "gs://bucket"}
+    return JobSpec(name, **given | {"run": "celeba"} | changes)
+
+
+def sampling(name: str = "sample-celeba", slices: int = 3, **changes: Any) -> JobSpec:
+    """Many images, in slices."""
+    argv = ("sample", "--run", "celeba", "--checkpoints", "490", "--count", "50000", "--bucket", "gs://bucket")
+    return spec(name, **{"verb": "sample", "argv": argv, "slices": slices} | changes)
+
+
 def told(backend: Target, name: str) -> JobStatus:
     """Returns the status that `ddpm jobs status` shows, by the engine and by the bucket."""
     alive = backend.alive(name)
     return alive.with_outcome(alive.bucket or backend.usual_bucket)
 
 
-def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:
-    """What is rendered is what a file beside the tests holds, one for each of the cases."""
-    path = Path(__file__).with_name("golden") / engine / f"{case}.yaml"
+def assert_kept(name: str, made: str, others: Iterable[str] = ()) -> None:
+    """Output is what a file beside the tests holds, whose folder has files of these other names alone."""
+    path = GOLDEN / name
     if os.environ.get(REWRITE):
-        path.write_text(formatted(made))
-    assert path.read_text() == formatted(made), f"{REWRITE}=1 writes {path} anew, if that is meant"
-    assert sorted(other.stem for other in path.parent.glob("*")) == sorted(cases)
+        path.write_text(made)
+    assert path.read_text() == made, f"{REWRITE}=1 writes {path} anew, if that is meant"
+    assert not others or sorted(other.stem for other in path.parent.glob("*")) == sorted(others)

@@ -31,11 +31,12 @@ def target(backend: str, more: str = "") -> Target:
     return parse_targets(f"t: {{backend: {backend}, {google}image: i, bucket: gs://bucket{more}}}", "f")["t"]
 
 
-PRICES = {
-    "source": "https://example.com/prices",
-    "date": datetime.date(2026, 1, 31),
-    "machines": {"g2-standard-8": {"us-east1": 0.5, "us-west1": 0.75}, "g2-standard-24": {"us-east1": 2.0}},
-}
+BESIDE = "g2-standard-8 in us-east1, without disk, address and traffic"
+EAST = f"on demand for {BESIDE}; https://example.com/prices, 2026-01-31"
+MACHINES = {"g2-standard-8": {"us-east1": 0.5, "us-west1": 0.75}, "g2-standard-24": {"us-east1": 2.0}}
+PRICES = {"source": "https://example.com/prices", "date": datetime.date(2026, 1, 31), "machines": MACHINES}
+PRICED, NODES, NODE = ", price_per_hour: 1.5", {"nodes": 2}, ", machine_type: g2-standard-24, region: us-east1"
+SLICES = {"verb": "sample", "argv": ("sample",), "slices": 4}
 
 
 def test_plans_state_the_facts():
@@ -60,53 +61,53 @@ def test_plans_state_the_facts():
         assert f"machines  1 × {machine_type}, {said}" in plan_lines(spec, vm)
 
 
-def test_plans_state_the_limit():
-    together, until = "10 hours for all attempts together, ", "waiting for nodes and pauses included, then"
-    waiting = f"{until} Kubernetes ends it"
-    for on, changes, limit in (
-        ("gke", {}, together + waiting),
-        ("gke", {"nodes": 2}, f"10 hours from each start of the group, {waiting}; preemptions start it without bound"),
-        ("queued", {"nodes": 2}, f"{together}{until} its queue stops it for good"),
-        ("vm", {}, together + "then the engine ends it"),
+TOGETHER, UNTIL = "10 hours for all attempts together, ", "waiting for nodes and pauses included, then"
+WAITING = f"{UNTIL} Kubernetes ends it"
+EACH = f"10 hours from each start of the group, {WAITING}; preemptions start it without bound"
+
+
+@pytest.mark.parametrize(
+    ("on", "changes", "limit"),
+    [
+        ("gke", {}, TOGETHER + WAITING),
+        ("gke", NODES, EACH),
+        ("queued", NODES, f"{TOGETHER}{UNTIL} its queue stops it for good"),
+        ("vm", {}, TOGETHER + "then the engine ends it"),
         ("batch", {}, "10 hours for each attempt of a task, of which there may be 11, then Batch ends it"),
-    ):
-        spec, there = built("train", FOR_TRAIN, on, max_hours=10, **changes), target_on(on)
-        lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, there))
-        assert lines["limit"] == f"{limit}; saved work stays (--max-hours)"
+    ],
+)
+def test_plans_state_the_limit(on, changes, limit):
+    lines = plan_lines(built("train", FOR_TRAIN, on, max_hours=10, **changes), target_on(on))
+    assert f"limit     {limit}; saved work stays (--max-hours)" in lines
 
 
-def test_costs_have_a_source(monkeypatch):
-    monkeypatch.setattr(machines, "load_prices", lambda: PRICES)
-    beside = "g2-standard-8 in us-east1, without disk, address and traffic"
-    east = f"on demand for {beside}; https://example.com/prices, 2026-01-31"
-    priced, nodes, slices = ", price_per_hour: 1.5", {"nodes": 2}, {"verb": "sample", "argv": ("sample",), "slices": 4}
-    node = ", machine_type: g2-standard-24, region: us-east1"
-    for there, changes, said in (
-        (target("vm"), {}, f"at most $5.00 (1 × $0.5 per hour × 10 hours; {east})"),
-        (target("vm"), {"spot": True}, f"at most $5.00 (1 × $0.5 per hour × 10 hours; spot costs less; {east})"),
-        (target("vm"), slices, "at most $20.00 (4 × $0.5 "),
+@pytest.mark.parametrize(
+    ("backend", "more", "changes", "said"),
+    [
+        ("vm", "", {}, f"at most $5.00 (1 × $0.5 per hour × 10 hours; {EAST})"),
+        ("vm", "", {"spot": True}, f"at most $5.00 (1 × $0.5 per hour × 10 hours; spot costs less; {EAST})"),
+        ("vm", "", SLICES, "at most $20.00 (4 × $0.5 "),
         # It may end up in any of them, and Batch has each of eleven attempts run for so long.
-        (target("batch"), {}, "at most $82.50 (1 × $0.75 per hour × 11 attempts × 10 hours; on demand for"),
-        (target("vm", ", machine_type: g2-standard-96"), {}, "price unknown: set the target's `price_per_hour`"),
-        (target("vm").model_copy(update={"zones": ("us-east1-b", "mars-north1-a")}), {}, "price unknown"),
+        ("batch", "", {}, "at most $82.50 (1 × $0.75 per hour × 11 attempts × 10 hours; on demand for"),
+        ("vm", ", machine_type: g2-standard-96", {}, "price unknown: set the target's `price_per_hour`"),
         # The target's own price wins.
-        (target("vm", priced), nodes, "at most $30.00 (2 × $1.5 per hour × 10 hours; as the target says)"),
-        (target("kubernetes", priced), {}, "at most $15.00 (1 × $1.5 per hour × 10 hours; as the target says)"),
+        ("vm", PRICED, NODES, "at most $30.00 (2 × $1.5 per hour × 10 hours; as the target says)"),
+        ("kubernetes", PRICED, {}, "at most $15.00 (1 × $1.5 per hour × 10 hours; as the target says)"),
         # What several nodes cost is bounded by a queue alone.
-        (
-            target("kubernetes", priced),
-            nodes,
-            "2 × $1.5 per hour, for as long as it runs, without a limit; as the target says",
-        ),
-        (target("kubernetes", priced + ", queue: gpus"), nodes, "at most $30.00"),
+        ("kubernetes", PRICED, NODES, "2 × $1.5 per hour, for as long as it runs, without a limit; as the target says"),
+        ("kubernetes", PRICED + ", queue: gpus", NODES, "at most $30.00"),
         # A job pays for its share of a node, where it is known which that is.
-        (target("kubernetes"), {}, "price unknown"),
-        (target("kubernetes", node), {}, "at most $10.00 (1 × $1 per hour × 10 hours; on demand for 1 of the 2 GPUs"),
-        (target("kubernetes", node), {"gpus": 2}, "at most $20.00 (1 × $2 per hour × 10 hours; on demand for g2-"),
-        (target("kubernetes", node), {"gpus": 0}, "price unknown"),
-    ):
-        cost = cost_of(replace(SPEC, **changes), there)
-        assert cost.startswith(said), cost
+        ("kubernetes", "", {}, "price unknown"),
+        ("kubernetes", NODE, {}, "at most $10.00 (1 × $1 per hour × 10 hours; on demand for 1 of the 2 GPUs"),
+        ("kubernetes", NODE, {"gpus": 2}, "at most $20.00 (1 × $2 per hour × 10 hours; on demand for g2-"),
+        ("kubernetes", NODE, {"gpus": 0}, "price unknown"),
+    ],
+)
+def test_costs_have_a_source(monkeypatch, backend, more, changes, said):
+    monkeypatch.setattr(machines, "load_prices", lambda: PRICES)
+    assert cost_of(replace(SPEC, **changes), target(backend, more)).startswith(said)
+    elsewhere = target("vm").model_copy(update={"zones": ("us-east1-b", "mars-north1-a")})
+    assert cost_of(SPEC, elsewhere).startswith("price unknown")
 
 
 def test_shipped_prices_are_dated():
@@ -116,18 +117,12 @@ def test_shipped_prices_are_dated():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("verb", "words"),
-    [
-        ("train", ["--dataset", "a"]),
-        ("sample", ["--run", "a", "--seeds", "0-3"]),
-        ("pack", ["gs://abc/b.zip", "celeba"]),
-    ],
-)
-def test_targets_of_the_pages_work(backend, verb, words):
+@pytest.mark.parametrize("words", ["train --dataset a", "sample --run a --seeds 0-3", "pack gs://abc/b.zip celeba"])
+def test_targets_of_the_pages_work(backend, words):
     """And the shipped prices cover them."""
     there = parse_targets(yaml.safe_dump({backend: SHOWN[backend]}), "page", backend)[backend]
-    spec = spec_of(parsed(verb, [*words, "--bucket", "gs://mine"]), there, SubmitRequest())
+    verb, *rest = words.split()
+    spec = spec_of(parsed(verb, [*rest, "--bucket", "gs://mine"]), there, SubmitRequest())
     assert there.render(spec)
     is_priced = "machine_type" in SHOWN[backend] and verb != "pack"
     assert not is_priced or cost_of(spec, there).startswith("at most $")

@@ -52,17 +52,8 @@ def test_jobs_find_missing_rights_first(seaweedfs_bucket, monkeypatch):
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
     found = json.loads(succeeded(ddpm_here("doctor", "--bucket", tmp_path / "bucket", "--json")))
-    names = [
-        "credentials",
-        "bucket write",
-        "bucket list",
-        "GPUs",
-        "shared memory",
-        "disk",
-        "temporary files",
-        "all-reduce",
-    ]
-    assert [(check["name"], check["passed"]) for check in found] == [(name, True) for name in names]
+    names = "credentials, bucket write, bucket list, GPUs, shared memory, disk, temporary files, all-reduce"
+    assert [(check["name"], check["passed"]) for check in found] == [(name, True) for name in names.split(", ")]
     assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
 
 
@@ -85,11 +76,8 @@ def test_small_disks_and_memory_fail(small_disk, tmp_path, monkeypatch):
 
 
 def test_first_failure_gives_the_code(capsys):
-    checks = [
-        Check("a", True, "fine", "nothing to do"),
-        Check("b", False, "no", "ask", Exit.NO_PERMISSION),
-        Check("c", False, "gone"),
-    ]
+    checks = [Check("a", True, "fine", "nothing to do"), Check("b", False, "no", "ask", Exit.NO_PERMISSION)]
+    checks.append(Check("c", False, "gone"))
     assert doctor.report(checks, as_json=False) is Exit.NO_PERMISSION
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "FAIL", "FAIL"]
     assert doctor.report(checks[:1], as_json=True) is Exit.FINISHED

@@ -16,39 +16,44 @@ import yaml
 
 from job.coordination.outcome import outcome_written
 from job.exits import (
-    BadDataError,
+    BadConfigError,
     BadRequestError,
     BucketAwayError,
-    DiskFullError,
     Exit,
-    JobError,
     MissingInputError,
     NoPermissionError,
     State,
     StoppedError,
 )
-from job.jobs.backends import Cause, JobStatus, kubernetes
+from job.jobs.backends import Cause, kubernetes
 from job.jobs.backends.kubernetes import KubernetesTarget
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
-from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, cluster, sampling, spec
-from tests.job.jobs.submitting import KINDS
+from tests.job.jobs.submitting import GKE, sampling, spec, target
 from tests.job.launching import eventually
 
 NAME = "train-celeba"
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
 TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
+VERBS = ("get", "list", "create", "delete")
+both = pytest.mark.parametrize(("job", "plural"), [(spec(), "jobs"), (spec(nodes=2), "jobsets")], ids=["job", "group"])
 
 
 @pytest.fixture
 def backend(server):
-    return cluster()
+    return target()
+
+
+@pytest.fixture
+def queued(server):
+    """A target with a queue that is there."""
+    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    return target("queued")
 
 
 def elsewhere(server, tmp_path, port):
     """The kubeconfig leads to another server."""
-    (tmp_path / "kubeconfig").write_text(
-        yaml.safe_dump(server.kubeconfig()).replace(server.url, f"http://127.0.0.1:{port}")
-    )
+    text = yaml.safe_dump(server.kubeconfig()).replace(server.url, f"http://127.0.0.1:{port}")
+    (tmp_path / "kubeconfig").write_text(text)
 
 
 def test_dry_runs_print_what_is_sent(server, backend):
@@ -64,9 +69,9 @@ def test_dry_runs_print_what_is_sent(server, backend):
     assert found == {jobs[2].name: State.WAITING, "train-b": State.RUNNING, NAME: State.WAITING}
 
 
-@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
-def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monkeypatch):
-    plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
+@both
+def test_bucket_knows_attempts_without_pods(server, backend, job, plural, tmp_path, monkeypatch):
+    bucket = str(tmp_path)
 
     def told():
         status = backend.alive(NAME).with_outcome(bucket)
@@ -74,6 +79,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
 
     backend.submit(job)
     assert told() == (State.WAITING, 0, "waits for a pod")
+    before = "waits for a pod; the attempt before ended with exit code 75: stopped by SIGTERM"
     for count in (1, 2, 3):
         pods = [server.start_pod(NAME, node, plural) for node in range(job.nodes)]
         with suppress(StoppedError), ExitStack() as programs:
@@ -85,11 +91,7 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
         # Who is evicted goes with its pod, and a pause of minutes follows.
         for pod in pods:
             server.remove("pods", pod)
-        assert told() == (
-            State.WAITING,
-            count,
-            "waits for a pod; the attempt before ended with exit code 75: stopped by SIGTERM",
-        )
+        assert told() == (State.WAITING, count, before)
     # Who stopped, however often, has not failed, though Kubernetes gives up.
     server.end_job(NAME, "Failed", "in its own words", plural)
     assert (backend.alive(NAME).failures, backend.alive(NAME).with_outcome(bucket).failures) == (5, 0)
@@ -98,40 +100,15 @@ def test_bucket_knows_attempts_without_pods(server, backend, job, tmp_path, monk
     assert later.with_outcome(bucket) == later
 
 
-def test_ended_slice_is_no_attempt(tmp_path, monkeypatch):
-    for verb in {*KINDS} - {"train"}:
-        name = f"{verb}-celeba-1a2b3c4d"
-        monkeypatch.setenv("DDPM_JOB", name)
-        with suppress(StoppedError), outcome_written(str(tmp_path), 0, 2):
-            raise StoppedError("stopped by SIGTERM")
-        assert JobStatus(name, State.WAITING).with_outcome(str(tmp_path)).message == "", verb
-
-
-def test_bucket_names_failed_slices(tmp_path, monkeypatch):
-    name = "sample-celeba-1a2b3c4d"
-    for number, error in enumerate((None, DiskFullError("no space left on /a"), BadDataError("b is corrupt"), None)):
-        monkeypatch.setenv("DDPM_JOB", name)
-        with suppress(JobError), outcome_written(str(tmp_path), number, 4):
-            if error:
-                raise error
-    # Its engine knows as much, or has forgotten it.
-    summary = "2 of 4 slices finished; failed slices: 1,2; slice 1: ended with code 74"
-    known = JobStatus(name, State.FAILED, summary, 74).with_outcome(str(tmp_path))
-    assert known.message == f"{summary}; no space left on /a"
-    gone = JobStatus(name, State.GONE).with_outcome(str(tmp_path))
-    assert (gone.exit_code, gone.message) == (74, "failed slices: 1,2; no space left on /a")
-
-
 def test_queue_must_exist_before_the_job(server):
-    backend = cluster(QUEUED)
+    backend = target("queued")
     # Who may not see queues may still submit.
     server.forbidden = {("get", "localqueues")}
     backend.submit(spec())
     server.forbidden = set()
+    said = r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
     for installed in ("v1beta2", "v1beta1"):
-        with pytest.raises(
-            MissingInputError, match=r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
-        ):
+        with pytest.raises(MissingInputError, match=said):
             backend.submit(spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
         backend.submit(spec(f"train-{installed}"))
@@ -141,13 +118,12 @@ def test_queue_must_exist_before_the_job(server):
         server.remove("localqueues", "gpus", "training")
 
 
-@pytest.mark.parametrize("forbidden", [(), ("get", "list", "create", "delete")], ids=["admin", "edit"])
+@pytest.mark.parametrize("forbidden", [(), VERBS], ids=["admin", "edit"])
 def test_missing_jobsets_are_named(server, backend, forbidden):
     del server.served["jobset.x-k8s.io/v1alpha2"]
     server.forbidden = {(verb, "jobsets") for verb in forbidden}
-    with pytest.raises(
-        MissingInputError, match=r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
-    ):
+    said = r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
+    with pytest.raises(MissingInputError, match=said):
         backend.submit(spec(nodes=2))
     assert not server.bodies
     backend.submit(spec())
@@ -155,13 +131,17 @@ def test_missing_jobsets_are_named(server, backend, forbidden):
 
 
 def test_living_jobs_are_not_submitted_twice(server, backend):
-    backend.submit(spec())
-    for job in (spec(), spec(nodes=2)):
-        with pytest.raises(
-            BadRequestError, match=r"train-celeba runs in namespace 'default' already.*jobs cancel train-celeba"
-        ):
+    def lose(handler):
+        server.create("default", "jobs", backend.render(spec())[0])
+        handler.close_connection = True
+
+    # Nor is one whose first answer was lost.
+    server.faults.append(("POST", lose))
+    said = r"train-celeba runs in namespace 'default' already.*jobs cancel train-celeba"
+    for job in (spec(), spec(), spec(nodes=2)):
+        with pytest.raises(BadRequestError, match=said):
             backend.submit(job)
-    assert len(server.bodies) == 1
+    assert server.names("jobs", "jobsets") == [NAME]
     for how, code in (("Complete", 0), ("Failed", 78)):
         server.end_pod(server.start_pod(NAME), code)
         server.end_job(NAME, how)
@@ -171,29 +151,29 @@ def test_living_jobs_are_not_submitted_twice(server, backend):
         assert backend.alive(NAME).state is State.WAITING
 
 
-def test_cancelling_ends_the_pods(server, backend):
+@both
+def test_cancelling_ends_the_pods(server, backend, job, plural):
     server.goes_after_seconds = 0.4
-    for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
-        backend.submit(job)
-        server.start_pod(NAME, 0, plural)
-        assert backend.cancel(NAME).startswith("is stopping: it saves first")
-        assert backend.alive(NAME).state is State.CANCELLED
-        assert backend.cancel(NAME) == "is being deleted: its pods may save first"
-        backend.submit(job)
-        assert not server.names("pods")
-        assert backend.cancel(NAME).startswith("was waiting and is removed")
-        eventually(lambda: backend.alive(NAME).state is State.GONE)
-        # By which a watch knows that somebody deleted it.
-        assert backend.keeps_ended
-        with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
-            backend.cancel(NAME)
+    backend.submit(job)
+    server.start_pod(NAME, 0, plural)
+    assert backend.cancel(NAME).startswith("is stopping: it saves first")
+    assert backend.alive(NAME).state is State.CANCELLED
+    assert backend.cancel(NAME) == "is being deleted: its pods may save first"
+    backend.submit(job)
+    assert not server.names("pods")
+    assert backend.cancel(NAME).startswith("was waiting and is removed")
+    eventually(lambda: backend.alive(NAME).state is State.GONE)
+    # By which a watch knows that somebody deleted it.
+    assert backend.keeps_ended
+    with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
+        backend.cancel(NAME)
 
 
-@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
-def test_dead_nodes_are_named(server, backend, job, monkeypatch):
+@both
+def test_dead_nodes_are_named(server, backend, job, plural, monkeypatch):
     """A kubelet dies, and its node stays: the pod never goes, and no other comes."""
-    monkeypatch.setattr(kubernetes, "GONE_MARGIN_SECONDS", -TARGET.grace_seconds)
-    plural, told = "jobs" if job.nodes == 1 else "jobsets", "node node-0 does not answer: pod train-celeba-0-"
+    monkeypatch.setattr(kubernetes, "GONE_MARGIN_SECONDS", -backend.grace_seconds)
+    told = "node node-0 does not answer: pod train-celeba-0-"
     backend.submit(job)
     pods = [server.start_pod(NAME, node, plural) for node in range(job.nodes)]
     server.kill_kubelet("node-0")
@@ -211,25 +191,23 @@ def test_dead_nodes_are_named(server, backend, job, monkeypatch):
 
 
 def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
-    elsewhere = cluster(namespace="nowhere")
+    made = backend.render(spec())
+    (group,) = backend.render(spec(nodes=2))
     with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
-        elsewhere.submit(spec())
-    group, made = backend.render(spec(nodes=2)), backend.render(spec())
+        target(namespace="nowhere").submit(spec())
     made[0]["spec"]["template"]["spec"]["restartPolicie"] = "Never"
     monkeypatch.setattr(KubernetesTarget, "render", lambda self, job: made)
     with pytest.raises(BadRequestError, match=r"refuses it .400.: strict decoding error.*restartPolicie"):
         backend.submit(spec())
-    made = group
-    made[0]["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
+    made = [group]
+    group["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
     with pytest.raises(BadRequestError, match=r"refuses it .403.: admission webhook .* names of failure rules$"):
         backend.submit(spec(nodes=2))
-    assert not server.names("jobs") and not server.names("jobsets")
+    assert not server.names("jobs", "jobsets")
 
 
-def test_only_needed_rights_are_used(server):
-    for resource in ("jobsets", "workloads"):
-        server.forbidden |= {(verb, resource) for verb in ("get", "list", "create", "delete")}
-    backend = cluster()
+def test_only_needed_rights_are_used(server, backend):
+    server.forbidden = {(verb, resource) for verb in VERBS for resource in ("jobsets", "workloads")}
     backend.submit(spec())
     server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
     assert [status.state for status in backend.jobs()] == [backend.alive(NAME).state] == [State.WAITING]
@@ -248,32 +226,44 @@ def test_busy_api_is_asked_again(server, backend, tmp_path):
     server.answer_next(429, times=99)
     with pytest.raises(BucketAwayError, match=r"answers 429: the test says 429"):
         backend.alive(NAME)
+    server.faults.clear()
+    said = 'Internal error occurred: failed calling webhook "mjob.kb.io": Post "https://kueue-webhook-service": {}'
+    for code in (500, 503):
+        server.answer_next(code, times=4, method="POST", message=said)
+        with pytest.raises(BucketAwayError, match=rf"answers {code}: Internal .*: {code}: the pods of this webhook's"):
+            backend.submit(spec())
     elsewhere(server, tmp_path, 9)
     with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
-        cluster().submit(spec())
+        target().submit(spec())
 
 
-@pytest.mark.parametrize("code", [500, 503])
-def test_webhooks_that_are_down_are_named(server, backend, code):
-    said = f'failed calling webhook "mjob.kb.io": failed to call webhook: Post "https://kueue-webhook-service": {code}'
-    server.answer_next(code, times=4, method="POST", message=f"Internal error occurred: {said}")
-    with pytest.raises(BucketAwayError, match=rf"answers {code}: Internal .*: {code}: the pods of this webhook's"):
-        backend.submit(spec())
+UNUSABLE = "^the kubeconfig .* cannot be used: [^\n]+$"
+WRONG = [
+    (text, "", BadConfigError, UNUSABLE) for text in ("", "a: [", "- a", "just words", "contexts: 5", "{}", "\x00")
+]
+WRONG += [
+    ({}, "prod", BadConfigError, r"kubeconfig cannot be used: .* name prod in .*contexts.* `context:` of the"),
+    ({"current-context": ""}, "", BadConfigError, "kubeconfig"),
+    ({"users": [{"name": "somebody", "user": {"token": "two\nl"}}]}, "", BadConfigError, "a token that is not valid$"),
+    ({"users": [{"name": "somebody", "user": {"token": "wrong"}}]}, "", NoPermissionError, "sign in again"),
+]
 
 
-def test_lost_answers_make_no_second_job(server, backend):
-    def lose(handler):
-        server.create("default", "jobs", backend.render(spec())[0])
-        handler.close_connection = True
+@pytest.mark.parametrize(("content", "context", "error", "said"), WRONG)
+def test_wrong_kubeconfigs_are_refused(server, tmp_path, monkeypatch, content, context, error, said):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    path, usual = tmp_path / "kubeconfig", server.kubeconfig()
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(usual | content))
+    with pytest.raises(error, match=said):
+        target(context=context).jobs()
+    path.unlink()
+    with pytest.raises(MissingInputError, match=r"the kubeconfig .* is missing: .*get-credentials"):
+        target().jobs()
 
-    server.faults.append(("POST", lose))
-    with pytest.raises(BadRequestError, match="train-celeba runs in namespace 'default' already"):
-        backend.submit(spec())
-    assert server.names("jobs") == [NAME]
 
-
-def doctor(target=TARGET):
-    return {check.name: check for check in cluster(target).checks("")}
+def doctor(keys="gke"):
+    return {check.name: check for check in target(keys).checks("")}
 
 
 def test_doctor_finds_what_a_job_misses(server):
@@ -284,25 +274,22 @@ def test_doctor_finds_what_a_job_misses(server):
     server.answer_next(503)
     assert [name for name, check in doctor().items() if not check.passed] == ["service account"]
     server.forbidden = {("get", "serviceaccounts")}
-    found = doctor()
-    assert found["service account"].passed and "not looked at" in found["service account"].message
+    account = doctor()["service account"]
+    assert account.passed and "not looked at" in account.message
     server.forbidden.clear()
-    found = doctor(QUEUED)
+    found = doctor("queued")
     assert 'serviceaccounts "ddpm" not found' in found["service account"].message
     assert "namespace 'training'" in found["service account"].message
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
 
 
 def test_doctor_names_an_unusable_cluster(server, monkeypatch, tmp_path):
-    server.forbidden.add(("get", "pods/log"))
-    (check,) = doctor().values()
-    assert "you may not get pods/log in namespace 'default'" in check.message
     # What `ddpm jobs` needs.
-    for verb, resource in (("list", "pods"), ("get", "jobs"), ("list", "jobs")):
+    for verb, resource in (("get", "pods/log"), ("list", "pods"), ("get", "jobs"), ("list", "jobs")):
         server.forbidden = {(verb, resource)}
         (check,) = doctor().values()
         assert (check.passed, check.exit_code) == (False, Exit.NO_PERMISSION)
-        assert f"may not {verb} {resource} in namespace 'default'" in check.message
+        assert f"you may not {verb} {resource} in namespace 'default'" in check.message
     server.forbidden = set()
     server.answer_next(503, times=2, method="POST")
     (check,) = doctor().values()
@@ -326,34 +313,33 @@ def test_used_hours_are_found(server, backend):
         assert status.message.startswith("DeadlineExceeded: its --max-hours are over")
 
 
-def test_workloads_show_what_queues_do(server):
-    backend = cluster(QUEUED)
-    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
-    said = "The workload is deactivated due to exceeding the maximum execution time"
-    evicted = {"type": "Evicted", "status": "True", "message": said}
-    over = {"spec": {"active": False}, "status": {"conditions": [evicted]}}
-    for job, plural in ((spec(), "jobs"), (spec("train-b", nodes=2), "jobsets")):
-        backend.submit(job)
-        uid = server.get(plural, job.name, "training")["metadata"]["uid"]
-        label = {"labels": {"kueue.x-k8s.io/job-uid": uid}}
-        said_of_quota = "insufficient quota for nvidia.com/gpu in flavor gpu-spot, request > maximum capacity (8 > 4)"
-        pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": said_of_quota}
-        workload = {"metadata": {"name": job.name, **label}, "spec": {"active": True}}
-        server.add("workloads", {**workload, "status": {"conditions": [pending]}}, "training")
-        found = {status.name: status for status in backend.jobs()}[job.name]
-        assert found == backend.alive(job.name)
-        assert found.state is State.WAITING and f"Pending: {said_of_quota}" in found.message
-        with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
-            backend.submit(job)
-        # One that the queue ended for its hours makes room.
-        server.add("workloads", {**workload, **over}, "training")
-        assert backend.alive(job.name).cause is Cause.OUT_OF_TIME
-        backend.submit(job)
-        made = server.get(plural, job.name, "training")["metadata"]
-        assert made["uid"] != uid and backend.alive(job.name).state is State.WAITING
-    workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
-    server.add("workloads", {**workload, **over}, "training")
-    assert backend.cancel("train-b").startswith("was failed already")
+@both
+def test_workloads_show_what_queues_do(server, queued, job, plural):
+    def holds(uid, active, **condition):
+        thing = {"metadata": {"name": NAME, "labels": {"kueue.x-k8s.io/job-uid": uid}}, "spec": {"active": active}}
+        server.add("workloads", {**thing, "status": {"conditions": [condition]}}, "training")
+
+    def uid():
+        return server.get(plural, NAME, "training")["metadata"]["uid"]
+
+    said = "insufficient quota for nvidia.com/gpu in flavor gpu-spot, request > maximum capacity (8 > 4)"
+    late = "The workload is deactivated due to exceeding the maximum execution time"
+    over = {"active": False, "type": "Evicted", "status": "True", "message": late}
+    queued.submit(job)
+    first = uid()
+    holds(first, True, type="QuotaReserved", status="False", reason="Pending", message=said)
+    (found,) = queued.jobs()
+    assert found == queued.alive(NAME)
+    assert found.state is State.WAITING and f"Pending: {said}" in found.message
+    with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
+        queued.submit(job)
+    # One that the queue ended for its hours makes room.
+    holds(first, **over)
+    assert queued.alive(NAME).cause is Cause.OUT_OF_TIME
+    queued.submit(job)
+    assert uid() != first and queued.alive(NAME).state is State.WAITING
+    holds(uid(), **over)
+    assert queued.cancel(NAME).startswith("was failed already")
 
 
 class Followed:
@@ -386,6 +372,9 @@ def test_what_was_printed_until_now(server, backend):
     first = server.start_pod(NAME, waiting={"reason": "ContainerCreating"})
     with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
         past(backend)
+    server.set_pod(first, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
+    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
+        list(backend.logs(NAME, follow=True))
     server.set_pod(first, running={})
     server.print(first, "one", "two  with spaces ", "")
     server.end_pod(first, 75)
@@ -452,29 +441,15 @@ def test_cancelled_jobs_are_followed_until_saved(server, backend):
     assert followed.ended() == ["one", "saved"]
 
 
-def test_following_ends_without_an_image(server, backend):
-    backend.submit(spec())
-    server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
-    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
-        list(backend.logs(NAME, follow=True))
-
-
-def block(name, **changes):
-    """A target of the cluster."""
-    target = {"backend": "kubernetes", "image": "registry.example.com/ddpm@sha256:0123", "bucket": "gs://bucket"}
-    return yaml.safe_dump({name: target | {"gpu_type": "nvidia-l4"} | changes})
-
-
 @pytest.fixture
 def gke(server, targets_folder):
-    """A cluster, and a working folder with a target for it."""
-    (targets_folder / "targets.yaml").write_text(block("gke"))
+    """A cluster, and a working folder with targets for it."""
+    blocks = {"gke": GKE, "gke-big": GKE | {"gpus": 8, "context": "test"}, "other": GKE | {"namespace": "training"}}
+    (targets_folder / "targets.yaml").write_text(yaml.safe_dump(blocks))
     return server
 
 
 def test_names_are_unique_per_namespace(gke, targets_folder):
-    two = block("gke-big", gpus=8, context="test")
-    (targets_folder / "targets.yaml").write_text(block("gke") + two + block("other", namespace="training"))
     succeeded(ddpm_here(*TRAIN, "--yes"))
     gke.print(gke.start_pod(NAME), "epoch 1")
     assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 1

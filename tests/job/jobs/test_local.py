@@ -1,10 +1,11 @@
-"""Jobs in the background of this machine: real processes, and what is known of them later."""
+"""Jobs of this machine, and `ddpm jobs`: real processes, and what is known of them later, also when they are gone."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from job.exits import BadRequestError, State
+from job.coordination.outcome import outcome_written
+from job.exits import BadRequestError, Exit, State
 from job.jobs.backends import JobStatus
 from job.jobs.backends.local import LocalTarget
 from job.jobs.spec import JobSpec
-from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, started, succeeded
+from tests.job.command_line import (
+    DDPM,
+    about,
+    ddpm,
+    ddpm_here,
+    environment,
+    on_screen,
+    refused,
+    settings,
+    started,
+    succeeded,
+)
 from tests.job.jobs.submitting import told
 from tests.job.launching import eventually
 
@@ -51,15 +65,17 @@ def record_of(name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
-    words = ["submit", "train", *about(bucket, "long"), "--epochs", 1000, "--on", "local", "--detach"]
-    out = succeeded(ddpm_here(*words))
-    assert out.startswith("train-long is submitted: `ddpm jobs logs train-long --on local -f` follows it")
+def test_background_jobs_are_watched_known_and_stopped(bucket, monkeypatch):
+    words = ["submit", "train", *about(bucket, "long"), "--epochs", "1000", "--on", "local"]
+    child = subprocess.Popen([DDPM, *words, "--watch"], env=environment(), stderr=subprocess.PIPE, text=True)
+    eventually(lambda: list(bucket.glob("runs/long/checkpoints/*/MANIFEST.json")), 100)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 75 and "no longer watching train-long, which goes on" in err
     pid = int(json.loads(record_of("train-long").read_bytes())["pid"])
     assert "train\0--dataset\0tiles" in Path(f"/proc/{pid}/cmdline").read_text()
     assert (told(backend(), "train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
-    eventually(lambda: list(bucket.glob("runs/long/checkpoints/*/MANIFEST.json")), 100)
-    assert "train-long runs on this machine already" in refused(ddpm_here(*words), 64)
+    assert "train-long runs on this machine already" in refused(ddpm_here(*words, "--detach"), 64)
     # From another folder.
     with monkeypatch.context() as patch:
         patch.chdir("/")
@@ -69,10 +85,8 @@ def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     assert re.search(r"^attempt 1 +20.*, 1 × ", out, re.MULTILINE)
     _, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
     assert row.split()[:3] == ["train-long", "local", "running"]
-
-    follower = subprocess.Popen(
-        [DDPM, "jobs", "logs", "train-long", "-f"], env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    following = [DDPM, "jobs", "logs", "train-long", "-f"]
+    follower = subprocess.Popen(following, env=environment(), stdout=subprocess.PIPE, text=True)
     assert "saves first" in succeeded(ddpm_here("jobs", "cancel", "train-long"))
     status = ended("train-long")
     assert (status.state, status.exit_code) == (State.STOPPED, 75)
@@ -82,30 +96,9 @@ def test_background_jobs_are_known_and_stopped(bucket, monkeypatch):
     assert followed == succeeded(ddpm_here("jobs", "logs", "train-long"))
     assert "is over already" in refused(ddpm_here("jobs", "cancel", "train-long"), 64)
     assert "exit code   75: stopped by preemption" in succeeded(ddpm_here("jobs", "status", "train-long"))
-
-
-def test_failed_jobs_say_why(bucket, folder, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "marked-8f3a")
-    words = ["submit", "train", "--dataset", "none", "--bucket", str(bucket)]
-    succeeded(ddpm_here(*words, "--detach"))
-    status = ended("train-none")
-    assert (status.state, status.exit_code) == (State.FAILED, 66)
-    assert "dataset 'none' is not in" in status.message
-    assert "exit code   66: missing input" in succeeded(ddpm_here("jobs", "status", "train-none"))
-    assert "dataset 'none' is not in" in succeeded(ddpm_here("jobs", "logs", "train-none"))
-    # The target's variables reach the job, in the foreground and in the background, and nothing secret is remembered.
-    (folder / "targets.yaml").write_text("local: {env: {DDPM_GRACE_SECONDS: 'soon'}}")
-    words[3] = "tiles"
-    assert "DDPM_GRACE_SECONDS='soon'" in refused(ddpm(*words, *settings()), 64)
-    succeeded(ddpm_here(*words, *settings(), "--detach"))
-    assert (ended("train-tiles").exit_code, told(backend(), "train-tiles").bucket) == (64, str(bucket))
-    assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
-    # One that cannot write to its bucket can say so in its log alone.
-    backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
-    status = ended("train-b")
-    assert (status.state, status.exit_code) == (State.FAILED, None)
-    assert "see `ddpm jobs logs train-b`" in status.message
-    assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
+    words[words.index("1000")] = "1"
+    done = ddpm(*words, "--watch")
+    assert done.returncode == 0 and "train-long is finished" in done.stderr, done.stderr
 
 
 def test_jobs_start_once():
@@ -166,19 +159,131 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
     assert row.split()[:3] == ["train-front", "local", "stopped"] and re.search(r" 1 +75 ", row)
 
 
-@pytest.mark.slow
-def test_background_jobs_are_watched(bucket):
-    words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
-    child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    eventually(lambda: list(bucket.glob("runs/seen/checkpoints/*/MANIFEST.json")), 100)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 75
-    assert "no longer watching train-seen, which goes on" in err
-    assert told(backend(), "train-seen").state is State.RUNNING
-    backend().cancel("train-seen")
-    ended("train-seen")
-    words[words.index("1000")] = "1"
-    done = ddpm(*words[1:])
-    assert done.returncode == 0, done.stderr
-    assert "train-seen is finished" in done.stderr
+@pytest.fixture(scope="module")
+def failed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder of a job in the background that ended with 66, with its bucket and its cache."""
+    made = tmp_path_factory.mktemp("failed")
+    (made / "bucket").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setenv("DDPM_CACHE", str(made / "cache"))
+        patch.setenv("WANDB_API_KEY", "marked-8f3a")
+        words = ("submit", "train", "--dataset", "none", "--bucket", "bucket", "--on", "local", "--detach")
+        out = succeeded(ddpm_here(*words))
+        assert out.startswith("train-none is submitted: `ddpm jobs logs train-none --on local -f` follows it")
+        ended("train-none")
+    return made
+
+
+@pytest.fixture
+def failed(failed_once: Path, folder: Path) -> str:
+    """The name of that job, in a copy of its folder."""
+    shutil.copytree(failed_once, folder, dirs_exist_ok=True)
+    record = record_of("train-none")
+    record.write_text(record.read_text().replace(str(failed_once), str(folder)))
+    return "train-none"
+
+
+def test_failed_jobs_say_why(failed, folder):
+    said = "dataset 'none' is not in"
+    status = told(backend(), failed)
+    assert (status.state, status.exit_code) == (State.FAILED, 66) and said in status.message
+    header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
+    columns = ["job", "target", "state", "attempts", "exit code", "created", "place", "message"]
+    assert re.split(r"  +", header.strip()) == columns
+    assert row.split()[:5] == [failed, "local", "failed", "1", "66"] and said in row
+    _, row = on_screen("jobs", "list", "--on", "local", columns=50).splitlines()
+    assert (row.split()[:3], len(row)) == ([failed, "local", "failed"], 50)
+    # Targets of this machine share their jobs.
+    (folder / "targets.yaml").write_text("mine: {backend: local}")
+    assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
+    shown = succeeded(ddpm_here("jobs", "status", failed))
+    assert shown.count("state ") == 1 and "exit code   66: missing input" in shown
+    assert said in succeeded(ddpm_here("jobs", "logs", failed))
+    # Nothing secret is remembered.
+    assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
+
+
+def test_variables_reach_the_job(bucket, folder):
+    """In the foreground and in the background."""
+    (folder / "targets.yaml").write_text("local: {env: {DDPM_GRACE_SECONDS: 'soon'}}")
+    words = ("submit", "train", "--dataset", "tiles", "--bucket", bucket, *settings())
+    assert "DDPM_GRACE_SECONDS='soon'" in refused(ddpm(*words), 64)
+    succeeded(ddpm_here(*words, "--detach"))
+    assert (ended("train-tiles").exit_code, told(backend(), "train-tiles").bucket) == (64, str(bucket))
+    # A job that cannot write to its bucket can say so in its log alone.
+    backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
+    status = ended("train-b")
+    assert (status.state, status.exit_code) == (State.FAILED, None)
+    assert "see `ddpm jobs logs train-b`" in status.message
+    assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
+
+
+def test_silent_engines_hide_no_other(failed, folder, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
+    (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
+    done = ddpm_here("jobs", "list")
+    assert "train-none" in succeeded(done)
+    assert re.search(r"^gke: \S", done.stderr, re.MULTILINE)
+    # Who asks for it by name is told by the exit code, too.
+    assert ddpm_here("jobs", "list", "--on", "gke").returncode not in (0, 1, 2)
+    # A command that names no target finds the one that knows the job.
+    assert "failed" in succeeded(ddpm_here("jobs", "status", failed))
+
+
+def test_unknown_jobs_are_refused():
+    assert succeeded(ddpm_here("jobs", "list", "--on", "local")) == (
+        "no jobs on local: start one with `ddpm submit train --dataset NAME --on TARGET`\n"
+    )
+    for words, code, said in (
+        ("train-nothing --on local", 66, "no target knows a job 'train-nothing' (local): see `ddpm jobs list`"),
+        ("train-a --on mars", 64, "unknown target 'mars'"),
+        ("../a", 64, "cannot be a job's name"),
+        ("train-a --targets no.yaml", 66, "--targets no.yaml: No such file"),
+    ):
+        for command in ("status", "logs", "cancel"):
+            assert said in refused(ddpm_here("jobs", command, *words.split()), code)
+
+
+def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
+    uri = str(bucket)
+    monkeypatch.setenv("DDPM_JOB", "train-walk")
+    with outcome_written(uri):
+        pass
+    # As told by a target that has its bucket, and by a person who knows where it was.
+    (folder / "targets.yaml").write_text(yaml.safe_dump({"local": {"bucket": uri}}))
+    for name in ("train-walk", "sample-walk-0123abcd"):
+        for more in ([], ["--on", "local"], ["--bucket", uri]):
+            lines = succeeded(ddpm_here("jobs", "status", name, *more)).splitlines()
+            assert lines.pop(0) == f"job         {name}: unknown to every engine; the facts below are in its bucket"
+            if name == "train-walk":
+                assert lines.pop(0) == "state       finished, 1 start"
+                assert lines.pop(0) == "exit code   0: finished"
+            else:
+                assert lines.pop(0) == "state       gone"
+            assert lines[0] == f"run         walk  ({uri}/runs/walk)"
+            assert "images seen 912 of 912 (epoch 3.00)" in lines
+            assert any(line.startswith("newest      checkpoints/000001-000000000912") for line in lines)
+            assert any(line.startswith("attempt 1 ") for line in lines)
+    for name in ("train-other", "train-walk-2"):
+        refused(ddpm_here("jobs", "status", name), Exit.MISSING_INPUT)
+    # Its output went with the machine.
+    refused(ddpm_here("jobs", "logs", "train-walk"), Exit.MISSING_INPUT)
+
+
+def test_output_cannot_command_a_terminal(failed):
+    log = next(Path("cache/jobs").glob("*/*.log"))
+    log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
+    printed = succeeded(ddpm_here("jobs", "logs", failed))
+    assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
+
+
+def test_finished_jobs_are_not_called_killed(failed, monkeypatch):
+    done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
+    assert "state       failed" in succeeded(done) and "the run's folder cannot be read" in done.stderr
+    monkeypatch.setenv("DDPM_JOB", failed)
+    with outcome_written("bucket"):
+        pass
+    for listed in (("list",), ("status", failed)):
+        told = succeeded(ddpm_here("jobs", *listed))
+        assert "finished" in told and "killed" not in told

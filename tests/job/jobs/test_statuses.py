@@ -1,59 +1,151 @@
-"""One status of an engine's answer, whether a job lives, and of the end that the job wrote into its bucket."""
+"""What a person learns of a job: the status of each answer of an engine, and of what the job wrote into its bucket.
+
+`golden/statuses.yaml` holds both; `DDPM_TEST_REWRITE_GOLDEN=1 pytest tests/job/jobs/test_statuses.py` writes its
+statuses anew. A time and a name that are the same in all of them are left out.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
 
-import pytest
+import yaml
 
-from job.coordination.outcome import Outcome
-from job.exits import Restart, State, state_after
+from job.coordination.outcome import Outcome, outcome_written
+from job.coordination.sealed import utc_now
+from job.exits import BadDataError, DiskFullError, JobError, State, StoppedError, state_after
 from job.jobs.backends import Cause, JobStatus
+from job.jobs.backends.batch import batch_alive
+from job.jobs.backends.container import _container_status
+from job.jobs.backends.kubernetes_objects import INDEX_ANNOTATION, observed
+from job.jobs.backends.slurm import _tasks, _whole
 from job.store import open_store
+from tests.job.jobs.submitting import GOLDEN, KINDS, assert_kept, sampling, spec, target
 
-NOON, LATER = "2026-01-31T12:00:00Z", "2026-01-31T13:00:00Z"
-BEFORE = "the attempt before ended with exit code"
-TAKEN, STUCK = Cause.TAKEN_AWAY, Cause.STUCK
+ONE_TIME, LATER = "2026-01-31T12:00:00Z", "2026-01-31T13:00:00Z"
+POD = {"name": "train-celeba-0-abcde"}
+MADE = {"job": spec(), "group": spec(nodes=2), "slices": sampling(slices=2)}
+RESTARTED = (State.FAILED, State.STOPPED, State.GONE)
 
 
-@pytest.mark.parametrize(
-    ("engine", "wrote", "state", "code", "message", "restart"),
-    [
-        ({"state": "running"}, (None, ""), "running", None, "", None),
-        # While it lives, the engine's words come first, and then how its last attempt ended.
-        ({"state": "waiting"}, None, "waiting", None, "why", None),
-        ({"state": "waiting"}, (None, ""), "waiting", None, "why", None),
-        ({"state": "waiting"}, (75, "by SIGTERM"), "waiting", None, f"why; {BEFORE} 75: by SIGTERM", None),
-        ({"state": "waiting", "exit_code": 137}, (None, ""), "waiting", 137, f"why; {BEFORE} 137: killed by", None),
-        ({"state": "running", "exit_code": 3}, (None, ""), "running", 3, f"{BEFORE} 3: crashed", None),
-        ({"state": "waiting", "cause": STUCK}, (75, "by SIGTERM"), "waiting", None, "why", None),
-        # A program that was killed writes no end, and an engine that has a code knows better.
-        ({"state": "failed", "exit_code": 137}, (None, ""), "failed", 137, "why", Restart.BOUNDED),
-        ({"state": "failed", "exit_code": 70}, (0, ""), "failed", 70, "why", Restart.NEVER),
-        ({"state": "failed", "exit_code": 78}, (78, "no such key"), "failed", 78, "no such key", Restart.NEVER),
-        ({"state": "failed"}, None, "failed", None, "why", Restart.BOUNDED),
-        # Otherwise the bucket's counts.
-        ({"state": "failed"}, (0, ""), "finished", 0, "", None),
-        ({"state": "failed"}, (75, "by SIGTERM"), "stopped", 75, "by SIGTERM", Restart.ALWAYS),
-        ({"state": "failed"}, (1, ""), "failed", 1, "why", Restart.BOUNDED),
-        ({"state": "gone"}, (0, ""), "finished", 0, "", None),
-        ({"state": "gone"}, (75, "by SIGTERM"), "gone", 75, "by SIGTERM", Restart.ALWAYS),
-        ({"state": "gone"}, (78, "no such key"), "gone", 78, "no such key", Restart.NEVER),
-        ({"state": "gone"}, (None, ""), "gone", None, "why", Restart.BOUNDED),
-        # A code that would come again counts more than the loss of the machine; a person's word more than any code.
-        ({"state": "gone", "cause": TAKEN}, (None, ""), "gone", None, "why", Restart.ALWAYS),
-        ({"state": "gone", "cause": TAKEN}, (78, "no such key"), "gone", 78, "no such key", Restart.NEVER),
-        ({"state": "failed", "cause": Cause.OUT_OF_TIME}, (75, "late"), "stopped", 75, "late", Restart.NEVER),
-        ({"state": "cancelled"}, (75, "by SIGTERM"), "cancelled", None, "why", None),
-    ],
-)
-def test_engine_and_bucket_make_one_status(tmp_path, engine: dict[str, Any], wrote, state, code, message, restart):
-    if wrote:
-        one = Outcome(state=state_after(wrote[0]), exit_code=wrote[0], message=wrote[1], updated=LATER, starts=(LATER,))
-        open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", one.to_json())
-    said = "" if engine["state"] == "running" else "why"
-    alive = JobStatus("train-a", message=said, created=NOON, **engine | {"state": State(engine["state"])})
-    found = alive.with_outcome(str(tmp_path))
-    assert (found.state, found.exit_code, found.attempts) == (state, code, bool(wrote))
-    assert found.message.startswith(message) and bool(found.message) == bool(message)
-    assert restart in (None, found.restart)
+def pod(code=None, said="", reason="Error", at="1", unscheduled="", node="c0", leaves="", index=None, ends=(), **state):
+    """A pod whose container ended with `code`, is `waiting` or `running`, or has not come that far."""
+    if code is not None:
+        state = {"terminated": {"exitCode": code, "reason": reason, "message": said, "finishedAt": at}}
+    status = {"containerStatuses": [{"name": "ddpm", "state": state}]} if state else {}
+    if unscheduled:
+        status["conditions"] = [{"type": "PodScheduled", "status": "False", "message": unscheduled}]
+    own = {"deletionTimestamp": leaves.replace("now", utc_now())} if leaves else {}
+    annotations = {"annotations": {INDEX_ANNOTATION: index}} if index is not None else {}
+    where = {} if unscheduled else {"nodeName": node}
+    containers = {"containers": [{"image": "r/ddpm:1"}]}
+    return {"metadata": POD | own | annotations, "spec": where | containers, "status": status | dict(ends)}
+
+
+def kubernetes(made="job", queue=False, conditions=(), pods=(), events=(), workload=None, deleted="", **status):
+    """A Job or a JobSet, and what lies around it."""
+    (thing,) = target("queued" if queue else "gke").render(MADE[made])
+    names = ("type", "reason", "message")
+    status["conditions"] = [{"status": "True", **dict(zip(names, each, strict=False))} for each in conditions]
+    thing |= {"status": status}
+    thing["metadata"] |= {"creationTimestamp": ONE_TIME} | ({"deletionTimestamp": deleted} if deleted else {})
+    told = [{"type": kind, "reason": reason, "message": message} for kind, reason, message in events]
+    others = []
+    if workload is not None:
+        active, *words = workload
+        said = {"status": str(words[:1] == ["Evicted"]), **dict(zip(names, words, strict=False))}
+        others = [{"spec": {"active": active}, "status": {"conditions": [said] if words else []}}]
+    return observed(thing, [pod(**each) for each in pods], told, others)
+
+
+def slurm(*tasks, name="train-celeba"):
+    """Tasks of one array, each as `STATE|REASON|CODE`, beside jobs that are not ours."""
+    rows = "8|PENDING|None||1796026535|somebodys|not ours\n9|RUNNING|None|n1|1796026535|interactive|(null)\n"
+    for number, (word, reason, code) in enumerate(each.split("|") for each in tasks):
+        rows += f"7_{number}|{word}|{reason}|n{number}|1796026535|{name}|ddpm began=1796026530 failures=2 code={code} "
+        rows += "bucket=s3://a|b\n"
+    found = _tasks(rows)
+    assert [task[:2] for task in found] == [(7, number) for number in range(len(tasks))]
+    return _whole(found)
+
+
+def container(started="2026-01-31T12:00:00.123456789Z", **state):
+    """A container as docker or podman were seen to show it."""
+    found = {"Name": "/train-celeba", "Created": "2026-01-31T12:00:00.123456789Z", "Config": {"Labels": {}}}
+    return _container_status({**found, "State": {"StartedAt": started, **state}})
+
+
+def batch(*tasks, state="FAILED"):
+    """A job of Batch whose tasks ended with each of their codes in turn."""
+    events = []
+    for codes in tasks:
+        ends = [{"taskState": "FAILED" if code else "SUCCEEDED", "taskExecution": {"exitCode": code}} for code in codes]
+        events.append({"status": {"state": ends[-1]["taskState"], "statusEvents": [{"taskState": "RUNNING"}, *ends]}})
+    full = "projects/my-project/locations/us-central1/jobs/train-celeba"
+    return batch_alive({"name": full, "createTime": ONE_TIME, "status": {"state": state, "statusEvents": []}}, events)
+
+
+def engine(state="waiting", cause=None, code=None, **known):
+    """Any engine."""
+    said = "" if state == "running" else "why"
+    status = JobStatus("train-celeba", State(state), said, code, created=ONE_TIME, **known)
+    return status if cause is None else JobStatus(**vars(status) | {"cause": Cause(cause)})
+
+
+ENGINES = {"kubernetes": kubernetes, "slurm": slurm, "container": container, "batch": batch, "engine": engine}
+
+
+def shown(status: JobStatus) -> dict:
+    """What differs from a status of which nothing is known."""
+    usual = {one.name: one.default for one in fields(status)} | {"created": ONE_TIME, "name": status.name}
+    told = {name: value for name, value in vars(status).items() if value != usual[name]}
+    told |= {"why": status.why} if status.why != status.message else {}
+    told |= {"restart": status.restart.name} if status.state in RESTARTED else {}
+    return {name: str(value) if isinstance(value, str) else value for name, value in told.items()}
+
+
+def observe(case: dict, bucket: Path) -> JobStatus:
+    (name,) = [key for key in case if key in ENGINES]
+    given = case[name]
+    status = ENGINES[name](**given) if isinstance(given, dict) else ENGINES[name](*given)
+    if "wrote" in case:
+        code, message = case["wrote"]
+        one = Outcome(state=state_after(code), exit_code=code, message=message, updated=LATER, starts=(LATER,))
+        open_store(str(bucket)).put(f"jobs/{status.name}/0-of-1.json", one.to_json())
+    return status.with_outcome(str(bucket)) if "wrote" in case or name in ("slurm", "engine") else status
+
+
+def test_answers_become_statuses(tmp_path):
+    """A comment in the file says which fault a row prevents."""
+    made = ""
+    for number, row in enumerate(re.split(r"(?m)^(?=[-#])", (GOLDEN / "statuses.yaml").read_text())[1:]):
+        made += row.partition("  told:")[0]
+        if cases := yaml.safe_load(row):
+            told = {"told": shown(observe(cases[0], tmp_path / str(number)))}
+            flow = yaml.safe_dump(told, default_flow_style=True, width=100, sort_keys=False)[1:-2]
+            made += "  " + flow.replace("\n", "\n  ") + "\n"
+    assert_kept("statuses.yaml", made)
+
+
+def test_bucket_names_failed_slices(tmp_path, monkeypatch):
+    def wrote(name: str, number: int, machines: int, error: JobError | None) -> None:
+        monkeypatch.setenv("DDPM_JOB", name)
+        with suppress(JobError), outcome_written(str(tmp_path), number, machines):
+            if error:
+                raise error
+
+    for verb in {*KINDS} - {"train"}:
+        # One slice that ended is no attempt of the job.
+        wrote(f"{verb}-celeba-1a2b3c4d", 0, 2, StoppedError("stopped by SIGTERM"))
+        assert JobStatus(f"{verb}-celeba-1a2b3c4d", State.WAITING).with_outcome(str(tmp_path)).message == "", verb
+    name = "sample-walk-1a2b3c4d"
+    for number, error in enumerate((None, DiskFullError("no space left on /a"), BadDataError("b is corrupt"), None)):
+        wrote(name, number, 4, error)
+    # Its engine knows as much, or has forgotten it.
+    summary = "2 of 4 slices finished; failed slices: 1,2; slice 1: ended with code 74"
+    known = JobStatus(name, State.FAILED, summary, 74).with_outcome(str(tmp_path))
+    assert known.message == f"{summary}; no space left on /a"
+    gone = JobStatus(name, State.GONE).with_outcome(str(tmp_path))
+    assert (gone.exit_code, gone.message) == (74, "failed slices: 1,2; no space left on /a")

@@ -16,12 +16,13 @@ import pytest
 from job.exits import Exit, State
 from job.jobs.backends import Cause
 from job.jobs.backends import vm as module
-from tests.job.jobs.google_jobs import backend_of, metadata_of, spec
 from tests.job.jobs.google_server import Refusal
+from tests.job.jobs.submitting import spec, target
 from tests.job.launching import eventually
 
+NAME = "train-celeba"
 TOOLS = ("docker", "docker-credential-gcr", "cos-extensions", "mount", "systemctl", "systemd-run", "chown", "sleep")
-DELETION = "DELETE /compute/v1/projects/my-project/zones/us-central1-a/instances/celeba"
+DELETION = "DELETE /compute/v1/projects/my-project/zones/us-central1-a/instances/train-celeba"
 CURL = r"""#!/bin/bash
 for word; do
   [[ $word =~ ^https?://[a-z.]+/(.*)$ ]] && word=$GOOGLE/${BASH_REMATCH[1]}
@@ -42,10 +43,11 @@ class Machine:
     """A VM as far as the script can see: metadata, tools, two folders."""
 
     def __init__(self, cloud, folder: Path, **changes) -> None:
-        self.cloud, self.folder, self.backend = cloud, folder, backend_of("vm")
-        self.known = metadata_of(self.backend.render(spec(**changes))[0])
+        self.cloud, self.folder, self.backend = cloud, folder, target("vm")
+        (made,) = self.backend.render(spec(**changes))
+        self.known = {item["key"]: item["value"] for item in made["metadata"]["items"]}
         self.backend.submit(spec(**changes))
-        cloud.compute.set_status("celeba", "RUNNING")
+        cloud.compute.set_status(NAME, "RUNNING")
         cloud.metadata |= {f"instance/attributes/{key}": value for key, value in self.known.items()}
         tools = folder / "tools"
         tools.mkdir()
@@ -61,14 +63,9 @@ class Machine:
         """The script, begun; what tools do is given by name."""
         for name, words in tools.items():
             (self.folder / name.replace("_", "-")).write_text(words)
-        return subprocess.Popen(
-            ["/bin/bash", "-c", module.start_script()],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        script = ["/bin/bash", "-c", module.start_script()]
+        return subprocess.Popen(script, env=self.environment, start_new_session=True, **streams)
 
     def run(self, **tools: str) -> str:
         """The script, until it ends: what it said."""
@@ -85,13 +82,6 @@ class Machine:
         assert code == 0, output
         return output
 
-    def stopped(self, **tools: str) -> None:
-        """The machine is switched off, once the container, or what holds in its place, is up."""
-        process = self.begun(**tools)
-        eventually((self.folder / "container").exists)
-        process.send_signal(signal.SIGTERM)
-        self.ended(process)
-
     def calls(self, *beginning: str) -> list[list[str]]:
         found = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         return [call for call in found if call[: len(beginning)] == [*beginning]]
@@ -99,7 +89,7 @@ class Machine:
     def state(self):
         """What is known of the job when the machine is no more."""
         self.cloud.compute.vanish()
-        status = self.backend.alive("celeba")
+        status = self.backend.alive(NAME)
         return status.state, status.cause or status.exit_code
 
 
@@ -143,18 +133,22 @@ def test_other_codes_are_logged_once(machine):
     assert machine.state() == (State.STOPPED, Exit.STOPPED)
 
 
+# The last is before the job began.
 @pytest.mark.parametrize(
-    ("tools", "state"),
+    ("tool", "word", "state"),
     [
-        ({"docker_run": "hold:137"}, (State.GONE, Cause.TAKEN_AWAY)),
-        ({"docker_run": "hold:70"}, (State.FAILED, Exit.NOT_A_NUMBER)),
-        ({"docker_run": "hold:0"}, (State.FINISHED, 0)),
-        # Before the job began.
-        ({"docker_pull": "hold:0"}, (State.GONE, Cause.TAKEN_AWAY)),
+        ("docker_run", "hold:137", (State.GONE, Cause.TAKEN_AWAY)),
+        ("docker_run", "hold:70", (State.FAILED, Exit.NOT_A_NUMBER)),
+        ("docker_run", "hold:0", (State.FINISHED, 0)),
+        ("docker_pull", "hold:0", (State.GONE, Cause.TAKEN_AWAY)),
     ],
 )
-def test_power_off_reaches_the_container(machine, tools, state):
-    machine.stopped(**tools)
+def test_power_off_reaches_the_container(machine, tool, word, state):
+    """The machine is switched off, once the container, or what holds in its place, is up."""
+    process = machine.begun(**{tool: word})
+    eventually((machine.folder / "container").exists)
+    process.send_signal(signal.SIGTERM)
+    machine.ended(process)
     assert len(machine.calls("docker", "stop", "ddpm-job")) == len(machine.calls("docker", "run"))
     assert not machine.cloud.made("DELETE")
     assert machine.state() == state
@@ -171,7 +165,7 @@ def test_missing_parts_end_the_job(machine, tools, code, tool, times, words):
     assert words in machine.run(**tools)
     assert len(machine.calls(*tool)) == times and not machine.calls("docker", "run")
     assert len(machine.cloud.made("DELETE")) == 1
-    assert any(words in line for line in machine.backend.logs("celeba", False))
+    assert any(words in line for line in machine.backend.logs(NAME, False))
     assert machine.state() == (State.FAILED, code)
 
 
@@ -195,8 +189,8 @@ def test_machines_without_rights_run_jobs(machine):
     machine.cloud.denied["^DELETE"] = Refusal(403, "Required 'compute.instances.delete' permission", "forbidden")
     assert "compute.instances.delete" in machine.run()
     assert machine.calls("systemctl") == [["systemctl", "poweroff"]]
-    machine.cloud.compute.set_status("celeba", "TERMINATED")
-    status = machine.backend.alive("celeba")
+    machine.cloud.compute.set_status(NAME, "TERMINATED")
+    status = machine.backend.alive(NAME)
     assert status.state is State.FINISHED and "its disk costs money" in status.message
     machine.cloud.denied["entries:write"] = Refusal(403, "Permission 'logging.logEntries.create' denied")
     assert "roles/logging.logWriter" in machine.run()

@@ -1,12 +1,13 @@
-"""A run whose every word is meant to be taken for something else, and one that is as long as runs get."""
+"""A run whose words are all meant to be taken for something else, one as long as runs get, and pictures that lie."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
-import zipfile
+import struct
+import zlib
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from job.runs.records import run_store
 from job.runs.run import open_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.job.some_images import encoded, picture, zip_of
 
 MARKUP = "<script>alert(1)</script>"
 CLASSES = (MARKUP, "</script><img src=x onerror=alert(2)>", '"onload="alert(3)')
@@ -30,15 +32,14 @@ CLASSES = (MARKUP, "</script><img src=x onerror=alert(2)>", '"onload="alert(3)')
 def fill_hostile(folder: Path) -> None:
     """A bucket with a run `odd` of two epochs, on images whose classes, licence and source are markup."""
     folder.mkdir()
-    noise = np.random.default_rng(0)
-    source = folder / "{{7*7}}<b>.zip"
-    with zipfile.ZipFile(source, "w") as archive:
-        for number, name in enumerate(CLASSES):
-            # A zip's names have no slashes within a folder's.
-            for image in range(8):
-                file = io.BytesIO()
-                Image.fromarray(noise.integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
-                archive.writestr(f"{name.replace('/', '∕')}/{number}-{image}.png", file.getvalue())
+    noise = np.random.default_rng(0).integers(0, 255, (len(CLASSES), 8, 16, 16, 3), np.uint8)
+    # A zip's names have no slashes within a folder's.
+    files = [
+        (f"{name.replace('/', '∕')}/{number}-{image}.png", encoded(Image.fromarray(noise[number, image])))
+        for number, name in enumerate(CLASSES)
+        for image in range(8)
+    ]
+    source = zip_of(folder / "{{7*7}}<b>.zip", files)
     pack(open_store(str(folder)), PackRequest(str(source), "odd", 16, licence=MARKUP))
     words = ("--dataset", "odd", "--run", "odd", "--bucket", folder, "--epochs", 2)
     succeeded(ddpm_here("train", *words, *settings(sample__every_epochs="1", train__batch_size="8")))
@@ -54,9 +55,8 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
     for epoch in np.linspace(1, epochs, grids).astype(int):
         # As smooth as photographs are, and 64 of them.
         coarse = Image.fromarray(noise.integers(0, 255, (80, 80, 3), np.uint8))
-        file = io.BytesIO()
-        coarse.resize((784, 784), Image.Resampling.BICUBIC).save(file, "PNG")
-        store.put(f"samples/epoch-{epoch:04d}-{how}.png", file.getvalue())
+        smooth = encoded(coarse.resize((784, 784), Image.Resampling.BICUBIC))
+        store.put(f"samples/epoch-{epoch:04d}-{how}.png", smooth)
     ref = max(list_checkpoints(store))
     manifest = load_manifest(store, ref)
     logged = [
@@ -87,3 +87,45 @@ def data_of(page: str) -> dict[str, object]:
     """What a page gives to its scripts."""
     _, _, after = page.partition('id="data-of-page">')
     return json.loads(after.partition("</script>")[0])
+
+
+# Pictures that are small files, and cost whoever believes their headers gigabytes or minutes.
+def png(width: int, height: int, pixels: bytes = b"", kind: bytes = b"\x08\x02\0\0\0") -> bytes:
+    """A PNG that says this of itself, whatever it holds."""
+    made = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">II", width, height) + kind
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        made += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return made
+
+
+def gif(width: int, height: int, frames: int, frame_width: int = 0, frame_height: int = 0) -> bytes:
+    """A GIF of one colour, whose frames after the first are of another size if one is named."""
+    one = encoded(Image.new("L", (width, height)), "GIF")
+    start = one.index(b",\0\0\0\0")
+    frame = bytearray(one[start:-1])
+    if frame_width:
+        frame[5:9] = struct.pack("<HH", frame_width, frame_height)
+    return one[:-1] + bytes(frame) * (frames - 1) + b";"
+
+
+FORGED = {
+    "many large frames": lambda: gif(4000, 4000, 300),
+    "many small frames": lambda: gif(1, 1, 100_000),
+    "frames that grow": lambda: gif(16, 16, 3, 30_000, 30_000),
+    "a header alone": lambda: png(30_000, 30_000),
+    "a few pixels of many": lambda: png(9000, 9000, b"\0" * 9000),
+    "sixteen bits": lambda: png(1000, 1000, bytes(1000 * (1000 * 8 + 1)), b"\x10\x06\0\0\0"),
+    "a line": lambda: png(1, 80_000_000),
+    "no pixels": lambda: png(0, 0),
+    "cut off": lambda: encoded(picture(0, 400, 400))[:-99],
+    "another kind": lambda: encoded(picture(0), "TIFF"),
+    "nothing": lambda: b"",
+}
+"""By what is wrong, or odd."""
+
+
+@cache
+def forged(what: str) -> bytes:
+    """One of these."""
+    return FORGED[what]()

@@ -15,13 +15,13 @@ from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.runs import metric_rows, outlook, records, retention
 from job.runs.checkpoints import list_checkpoints
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import ObjectKind
 from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import MadeOnce
-from tests.job.leases import QUICK
-from tests.job.runs.whole_runs import content_hash, train
+from tests.job.launching import QUICK
+from tests.job.runs.leased import train
 
 
 @pytest.fixture(scope="session")
@@ -81,12 +81,6 @@ def any_run(bucket_uri: str) -> Store:
 @pytest.fixture(scope="session")
 def keys(run: Store) -> list[str]:
     return [entry.key for entry in run.list()]
-
-
-@pytest.fixture(scope="session")
-def contents(run: Store) -> dict[CheckpointRef, str]:
-    """What a resumed run gets of each checkpoint: a hash over weights, averages and moments."""
-    return {ref: content_hash(run, ref) for ref in list_checkpoints(run)}
 
 
 @pytest.fixture

@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from job.exits import Exit
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_average, load_manifest, restore
-from job.runs.layout import CheckpointRef, ObjectKind, places_in
-from job.store import Store, open_store
+from job.runs.layout import ObjectKind, places_in
+from job.store import open_store
 from job.store.files import scratch_folder
 from job.store.local import LocalStore
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.runs.leased import small_config
-from tests.job.runs.whole_runs import train
+from tests.job.runs.leased import small_config, train
 
 pytestmark = pytest.mark.slow
 EPOCHS = 4
@@ -30,7 +29,7 @@ KEPT = {"ema-0.07": 5e-4, "ema-0.15": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def folder(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiles, tmp_path_factory):
     """A bucket with runs `made` and `kept`, which differ in nothing but the averages that they keep."""
     folder = shutil.copytree(tiles, tmp_path_factory.mktemp("averages") / "bucket")
     succeeded(train(folder, "made", EPOCHS, ema__stds="0.05,0.10", **LEARNT))
@@ -42,21 +41,21 @@ class Killed(BaseException):
     """As by a signal that nothing can catch."""
 
 
-def run_in(folder: Path, name: str) -> Store:
+def run_in(folder, name):
     return open_store(str(folder)).sub(f"runs/{name}")
 
 
-def make(folder: Path, std: float, run: str = "made"):
+def make(folder, std, run="made"):
     return ddpm_here("ema", "--run", run, "--std", std, "--bucket", folder)
 
 
-def tensors_of(run: Store, ref: CheckpointRef, group: str) -> dict[str, torch.Tensor]:
+def tensors_of(run, ref, group):
     with scratch_folder("restored") as folder:
         paths = restore(run, ref, groups=(group,), folder=folder).files[group]
         return {name: tensor for path in paths for name, tensor in load_file(path).items()}
 
 
-def weights_of(run: Store, ref: CheckpointRef, group: str) -> torch.Tensor:
+def weights_of(run, ref, group):
     """All of a group, one after the other, in double precision."""
     tensors = tensors_of(run, ref, group)
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
@@ -126,7 +125,7 @@ def test_one_of_two_makers_wins(folder, monkeypatch):
     create = LocalStore.create
     record_key = ObjectKind.AVERAGE.key(checkpoint=ref, group="ema-0.08")
 
-    def beaten(store: Store, key: str, data: bytes) -> str:
+    def beaten(store, key, data):
         if key == record_key:
             monkeypatch.setattr(LocalStore, "create", create)
             succeeded(make(folder, 0.08))
@@ -138,7 +137,7 @@ def test_one_of_two_makers_wins(folder, monkeypatch):
     there = [key for key, place in places_in(made, ref.key).items() if place.group == "ema-0.08"]
     assert sorted(there) == sorted([record_key, *(file.key for file in files)])
 
-    def killed(store: Store, key: str, data: bytes) -> str:
+    def killed(store, key, data):
         if key.endswith("ema-0.09.json"):
             raise Killed
         return create(store, key, data)

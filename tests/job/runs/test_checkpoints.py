@@ -5,7 +5,7 @@ import torch
 
 from job.exits import BadConfigError, BadDataError, MissingInputError
 from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_manifest, newest_good
-from job.runs.layout import CheckpointRef
+from job.runs.layout import CheckpointRef, Located, ObjectKind, located
 from job.runs.retention import delete_checkpoint
 from tests.job.damages import DAMAGES
 from tests.job.runs.leased import live_tensors, write
@@ -17,7 +17,8 @@ def test_a_checkpoint_comes_back_bit_equal(new_run, capsys, tmp_path_factory, mo
     run = new_run
     run.put("status.json", b"{}")
     assert newest_good(run) is None
-    saved = write(run, (1, 80), (1, 160))
+    write(run, (1, 80), (1, 160))
+    saved = live_tensors()
     target = {group: {n: torch.full_like(t, 9.0) for n, t in named.items()} for group, named in saved.items()}
     strides = target["model"]["conv.weight"].stride()
     newest = newest_good(run, into=target)
@@ -69,3 +70,15 @@ def test_choosing_names_what_there_is(new_run):
     new_run.delete(LATEST_KEY)
     with pytest.raises(MissingInputError, match=r"no checkpoint yet"):
         choose(new_run, "latest", 40, 16)
+
+
+READ = {"checkpoint": CheckpointRef(3, 480), "fence": 3, "group": "ema-0.13", "folder": "one", "piece": 12}
+OTHERS = {"steps": 10, "number": 2, "name": "epoch-0001-ddim-4", "picture": "png", "seed": 3072, "unique": "d" * 32}
+OTHERS["pipeline"] = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+
+
+def test_a_key_is_read_back():
+    """In the table of what lies where: out of it is read what it is made of."""
+    for kind in ObjectKind:
+        fields = {name: value for name, value in READ.items() if f"{{{name}" in kind.value}
+        assert located(kind.key(**READ | OTHERS)) == Located(kind, **fields), kind

@@ -12,17 +12,16 @@ from job.coordination.lease import LEASE_KEY, ProcessIdentity, load_lease
 from job.exits import Exit, StoppedError
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
-from job.runs.layout import CheckpointRef
-from job.runs.retention import Reader, being_read, kept_while_read
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.retention import Reader, Retention, being_read, kept_while_read
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from job.verbs import upkeep
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.leases import taken
-from tests.job.runs.leased import committed_images, small_config, write
+from tests.job.launching import StopWhen, taken
+from tests.job.runs.leased import DATASET_IMAGES, committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
-from tests.job.stops import StopWhen
 
 FENCE = 2
 BATCH = "samples/epoch-0001-ddim-4-0-8"
@@ -239,3 +238,38 @@ def test_a_stopped_deletion_leaves_no_run(bucket, run, tmp_path, monkeypatch):
         succeeded(ddpm_here("runs", "list", "--bucket", bucket))
     succeeded(delete(bucket, "--yes"))
     assert [entry.key for entry in run.list()] == [LEASE_KEY]
+
+
+# --- the rules
+
+EPOCHS = [48, 96, 144, 192]
+BY_RULES = [
+    ({"keep_last": 3}, [24, 48, 72, 96, 120, 144, 168], [48, 96, 144, 168]),
+    ({"keep_last": 3}, [24, 48, 54, 60, 66, 72, 78, 84, 90], [48, 84, 90]),
+    ({"keep_last": 3}, [6, 12, 18, 24], [18, 24]),
+    ({"keep_last": 3}, [30, *EPOCHS], [96, 144, 192]),
+    ({"keep_last": 2, "keep_epochs": (1,)}, [*EPOCHS, 198, 204, 210], [48, 144, 192, 204, 210]),
+    ({"keep_last": 2, "every_epochs": 2}, [*EPOCHS, 240], [96, 192, 240]),
+    ({"keep_last": 1}, [48, 54, 60], [48, 60]),
+    ({"keep_last": 1}, [48, 54, 60, 96], [96]),
+]
+"""Settings, checkpoints by images seen, and those that stay."""
+
+
+@pytest.mark.parametrize(("rules", "there", "stay"), BY_RULES)
+def test_saves_in_between_displace_no_end_of_an_epoch(rules, there, stay):
+    changes = {f"checkpoint__{key}": value for key, value in rules.items()}
+    retention = Retention(small_config(train__batch_size=6, **changes), DATASET_IMAGES)
+    refs = [CheckpointRef(1, images_seen) for images_seen in there]
+    assert [ref.images_seen for ref in refs if ref not in retention.retire(refs)] == stay
+    # One after another, too.
+    kept = []
+    for ref in refs:
+        kept = [one for one in (*kept, ref) if one not in retention.retire([*kept, ref])]
+    assert [ref.images_seen for ref in kept] == stay
+
+
+def test_without_known_epochs_each_save_counts():
+    refs = [CheckpointRef(1, images_seen) for images_seen in (6, 48, 54, 96)]
+    retention = Retention(small_config(checkpoint__keep_last=3), MAX_IMAGES_SEEN + 1)
+    assert retention.retire(refs) == refs[:1]

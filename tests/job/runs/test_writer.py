@@ -1,62 +1,71 @@
-"""The thread that commits checkpoints: in order, held up by nothing, and before a bucket that goes away."""
+"""The thread that commits checkpoints: in order, held up by nothing, and how often; and the metrics."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import struct
 import threading
-from collections.abc import Callable
-from pathlib import Path
+import time
+from datetime import UTC, datetime, timedelta
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from job.coordination.sealed import MOMENT_FORMAT
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.runs.checkpoints import list_checkpoints, load_manifest, restore
-from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good, restore
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import read_rows
-from job.runs.retention import Retention, kept_while_read
-from job.stop import GRACE_VARIABLE
+from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
+from job.runs.records import LastStatus
+from job.runs.retention import kept_while_read
+from job.stop import GRACE_VARIABLE, Stop
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
-from tests.job.command_line import ddpm, settings
-from tests.job.hooked import hooked
-from tests.job.leases import eventually
-from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, live_tensors, save, small_config, writer_of
+from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.job.launching import eventually
+from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, save, writer_of
 
 pytestmark = pytest.mark.usefixtures("notes")
 
 
 class Watched(LocalStore):
-    """A folder that keeps what happens to it in order; `hooks` are called before files are moved in and deleted."""
+    """A folder that keeps what happens to it in order; `hooks` are called before that, and after a creation."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         root.mkdir()
         super().__init__(root)
         # Shared by the copies that `within` makes.
-        self.events: list[str] = []
-        self.hooks: dict[str, Callable[[str], object]] = {}
+        self.events, self.hooks, self.requests = [], {}, []
 
-    def create(self, key: str, data: bytes) -> str:
+    def _attempt(self, work, key, *args):
+        self.requests.append(key)
+        return super()._attempt(work, key, *args)
+
+    def create(self, key, data):
         self.events.append(f"create {key}")
-        return super().create(key, data)
+        version = super().create(key, data)
+        self.hooks.get("created", str)(key)
+        return version
 
-    def move(self, path: Path, key: str, *, fresh: bool = False) -> None:
+    def move(self, path, key, *, fresh=False):
         self.hooks.get("move", str)(key)
         super().move(path, key, fresh=fresh)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key):
         self.hooks.get("delete", str)(key)
         self.events.append(f"delete {key}")
         super().delete(key)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Watched:
+def run(tmp_path):
     return Watched(tmp_path / "run")
 
 
@@ -78,7 +87,7 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
 
 def test_a_failed_save_is_raised_later(run):
     run.hooks["move"] = Mock(side_effect=BadDataError("the disk ate it"))
-    writer = writer_of(leased(run), live_tensors())
+    writer = writer_of(leased(run))
     writer.save(80, [])
     eventually(lambda: writer.troubled)
     for call in (
@@ -102,7 +111,7 @@ def test_old_checkpoints_and_leftovers_go(run):
         run.put(key, b"1")
     holder = leased(run, 2, checkpoint__keep_last=1, checkpoint__keep_every_epochs=2)
     holder.lease.confirm = lambda: run.events.append("confirm")
-    writer = writer_of(holder, live_tensors())
+    writer = writer_of(holder)
     save(writer, 24, 48, 72)
     # One that somebody copied here is neither measured by nor touched.
     run.put(CheckpointRef(9, 16).manifest_key, b"{}")
@@ -125,7 +134,7 @@ def test_old_checkpoints_and_leftovers_go(run):
 
 def test_a_checkpoint_in_use_stays(run, notes):
     # Each ends an epoch.
-    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors())
+    writer = writer_of(leased(run, checkpoint__keep_last=1))
     save(writer, 48)
     with kept_while_read(run, CheckpointRef(1, 48)):
         save(writer, 96, 144)
@@ -142,42 +151,9 @@ def test_a_checkpoint_in_use_stays(run, notes):
     assert committed_images(run) == [240]
 
 
-EPOCHS = [48, 96, 144, 192]
-BY_RULES = [
-    ({"keep_last": 3}, [24, 48, 72, 96, 120, 144, 168], [48, 96, 144, 168]),
-    ({"keep_last": 3}, [24, 48, 54, 60, 66, 72, 78, 84, 90], [48, 84, 90]),
-    ({"keep_last": 3}, [6, 12, 18, 24], [18, 24]),
-    ({"keep_last": 3}, [30, *EPOCHS], [96, 144, 192]),
-    ({"keep_last": 2, "keep_epochs": (1,)}, [*EPOCHS, 198, 204, 210], [48, 144, 192, 204, 210]),
-    ({"keep_last": 2, "every_epochs": 2}, [*EPOCHS, 240], [96, 192, 240]),
-    ({"keep_last": 1}, [48, 54, 60], [48, 60]),
-    ({"keep_last": 1}, [48, 54, 60, 96], [96]),
-]
-"""Settings, checkpoints by images seen, and those that stay."""
-
-
-@pytest.mark.parametrize(("rules", "there", "stay"), BY_RULES)
-def test_saves_in_between_displace_no_end_of_an_epoch(rules, there, stay):
-    changes = {f"checkpoint__{key}": value for key, value in rules.items()}
-    retention = Retention(small_config(train__batch_size=6, **changes), DATASET_IMAGES)
-    refs = [CheckpointRef(1, images_seen) for images_seen in there]
-    assert [ref.images_seen for ref in refs if ref not in retention.retire(refs)] == stay
-    # One after another, too.
-    kept = []
-    for ref in refs:
-        kept = [one for one in (*kept, ref) if one not in retention.retire([*kept, ref])]
-    assert [ref.images_seen for ref in kept] == stay
-
-
-def test_without_known_epochs_each_save_counts():
-    refs = [CheckpointRef(1, images_seen) for images_seen in (6, 48, 54, 96)]
-    retention = Retention(small_config(checkpoint__keep_last=3), MAX_IMAGES_SEEN + 1)
-    assert retention.retire(refs) == refs[:1]
-
-
-def scalars(data: bytes) -> list[tuple[int, str, float]]:
+def scalars(data):
     """Step, name and value of each that TensorBoard shows of its file: length, checksum, event, checksum, and so on."""
-    shown = list[tuple[int, str, float]]()
+    shown = []
     while data:
         (size,) = struct.unpack_from("<Q", data)
         event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
@@ -189,11 +165,16 @@ def scalars(data: bytes) -> list[tuple[int, str, float]]:
     return shown
 
 
+def shown(run, metrics):
+    """What TensorBoard shows of a checkpoint's metrics."""
+    return scalars(b"".join(named.read(run) for named in metrics if "events" in named.key))
+
+
 @pytest.mark.parametrize("changes", [{"checkpoint__keep_epochs": (1,)}, {"ema__stds": 0.1, "ema__snapshot_epochs": 1}])
 def test_the_newest_replaces_queued_checkpoints(run, changes):
     go_on = threading.Event()
     run.hooks["move"] = lambda key: go_on.wait(30)
-    writer = writer_of(leased(run, **changes), live_tensors())
+    writer = writer_of(leased(run, **changes))
     writer.save(24, [])
     eventually(lambda: writer._committing and not writer._reading_host)
     rows = [{"images_seen": images_seen, "time": 1.0, "loss": images_seen / 7} for images_seen in (30, 36, 48, 72)]
@@ -211,13 +192,12 @@ def test_the_newest_replaces_queued_checkpoints(run, changes):
     # What they say of metrics is there, for people's tools as well.
     metrics = load_manifest(run, max(list_checkpoints(run))).metrics
     assert read_rows(run, metrics, pytest.fail) == rows
-    events = [event for named in metrics if "events" in named.key for event in scalars(named.read(run))]
-    assert events == [(row["images_seen"], "loss", pytest.approx(row["loss"])) for row in rows]
+    assert shown(run, metrics) == [(row["images_seen"], "loss", pytest.approx(row["loss"])) for row in rows]
 
 
 def test_only_the_end_waits_for_retirement(run):
     go_on = threading.Event()
-    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors())
+    writer = writer_of(leased(run, checkpoint__keep_last=1))
     save(writer, 24)
     run.hooks["delete"] = lambda key: go_on.wait(30)
     save(writer, 48)
@@ -233,7 +213,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
         holder = leased(run)
-        writer = writer_of(holder, live_tensors())
+        writer = writer_of(holder)
         proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=2)
         save(writer, 8)
         # A wait for the bucket would pass for the duration of a save.
@@ -254,7 +234,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
 @pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
 def test_a_lost_run_gets_no_writes(run, queue):
     holder, is_queued = leased(run), threading.Event()
-    writer = writer_of(holder, live_tensors())
+    writer = writer_of(holder)
 
     def lose(_: object) -> None:
         is_queued.wait(30)
@@ -270,27 +250,148 @@ def test_a_lost_run_gets_no_writes(run, queue):
 
 
 @pytest.mark.slow
-def test_a_short_grace_shortens_the_cadence(tiles, tmp_path):
+def test_a_short_grace_shortens_the_cadence(tiles, tmp_path, notes, monkeypatch):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the interval that follows; a test has less time.
-    patched = {"job__runs__outlook": "LONGEST_WITHOUT_NOTICE_SECONDS = 0.12", "job__runs__retention": "LAST_SAVES = 99"}
-    hooks = hooked(tmp_path / "hooks", **patched)
-    keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
-    keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
-    rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
-    found = {}
-    for name, seconds in (("enough", 30), ("short", 2)):
-        words = ("--dataset", "tiles", "--run", name, "--bucket", bucket, "--epochs", 3, *settings(), *rarely)
-        done = ddpm("train", *words, **{"PYTHONPATH": hooks, GRACE_VARIABLE: str(seconds)})
-        assert done.returncode == 0, done.stderr
-        warnings = re.findall(r"a save takes about .*", done.stderr)
-        found[name] = warnings, len(list_checkpoints(open_store(str(bucket)).sub(f"runs/{name}")))
+    monkeypatch.setattr("job.runs.outlook.LONGEST_WITHOUT_NOTICE_SECONDS", 0.12)
+    monkeypatch.setattr("job.runs.retention.LAST_SAVES", 99)
+    rarely = {"checkpoint__every_minutes": "7", "checkpoint__every_epochs": "999", "checkpoint__keep_last": "99"}
+    words = ("train", "--dataset", "tiles", "--bucket", bucket, "--epochs", 3, *settings(**rarely))
     # The first save shows that there is enough time, and the last one ends the run.
-    assert found["enough"] == ([], 2)
-    (warning,), checkpoints = found["short"]
+    succeeded(ddpm_here(*words, "--run", "enough", **{GRACE_VARIABLE: "30"}))
+    assert (notes, len(list_checkpoints(open_store(str(bucket)).sub("runs/enough")))) == ([], 2)
+    succeeded(ddpm_here(*words, "--run", "short", **{GRACE_VARIABLE: "2"}))
+    assert len(list_checkpoints(open_store(str(bucket)).sub("runs/short"))) > 2
     assert re.fullmatch(
         r"a save takes about \d+\.\d s, which does not fit into the 2 s between a preemption notice and the end: "
         r"saving every 0\.\d instead of 7 minutes",
-        warning,
+        notes.pop(),
     )
-    assert checkpoints > 2
+
+
+# --- the metrics of a run that saves often: few objects, and every row, whatever is kept and whoever goes on
+
+
+def numbers_of(run, ref):
+    """The batches of 24 images of which a checkpoint has rows, which are the same in its events."""
+    metrics = load_manifest(run, ref).metrics
+    rows = [row["images_seen"] for row in read_rows(run, metrics, pytest.fail)]
+    assert [step for step, _, _ in shown(run, metrics)] == rows
+    return [images_seen // 24 for images_seen in rows]
+
+
+@pytest.mark.parametrize("saves", [130, pytest.param(400, marks=pytest.mark.slow)])
+def test_many_saves_leave_few_objects_and_every_row(run, saves):
+    """As few of 130 as of 20,000: the limits lie closely above what either takes."""
+    of_metrics, manifest_bytes = [], []
+
+    def measure(key):
+        if key.endswith("MANIFEST.json"):
+            of_metrics.append(len([*run.list("metrics"), *run.list("tensorboard")]))
+            manifest_bytes.append(len(run.read(key).data))
+
+    run.hooks["created"] = measure
+    every_epochs, tensors = saves // 6, {"model": {"weight": torch.zeros(4)}}
+    rules = {"checkpoint__keep_last": 1, "checkpoint__keep_every_epochs": every_epochs}
+    writer = writer_of(leased(run, **rules), tensors)
+    save(writer, *range(24, 24 * saves + 1, 24))
+    writer.close(wait=True)
+    kept = list_checkpoints(run)
+    ends = [number for number in range(1, saves) if not number * 24 % (DATASET_IMAGES * every_epochs)]
+    assert {ref.images_seen // 24 for ref in kept} == {*ends, saves - saves % 2, saves}
+    for ref in kept:
+        assert numbers_of(run, ref) == [*range(1, ref.images_seen // 24 + 1)]
+    assert max(of_metrics) <= 30
+    assert max(manifest_bytes) < 5_000
+
+    run.requests.clear()
+    rows = read_rows(run, newest_good(run).metrics, pytest.fail)
+    assert (len(rows), len(run.requests) <= 12) == (saves, True)
+
+    # The newest is lost, and an attempt goes on from the one before.
+    run.delete(kept[-1].manifest_key)
+    before = load_manifest(run, kept[-2])
+    writer = writer_of(leased(run, 2, **rules), tensors, before)
+    save(writer, *(before.images_seen + images for images in (24, 48, 72)))
+    writer.close(wait=True)
+    for ref in list_checkpoints(run):
+        assert numbers_of(run, ref) == [*range(1, ref.images_seen // 24 + 1)]
+    named = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
+    assert {entry.key for folder in ("metrics", "tensorboard") for entry in run.list(folder)} <= named
+
+
+@pytest.mark.parametrize("is_hurried", [False, True], ids=["one segment", "two segments"])
+def test_a_later_value_of_a_moment_hides_no_earlier_one(run, is_hurried):
+    notice, before = Stop(), None
+    for fence, name in enumerate(("loss", "val_loss"), 1):
+        writer = writer_of(leased(run, fence), None, before, notice)
+        writer.rows.append({"images_seen": 24, name: 0.5, "time": 1.0})
+        if is_hurried and before:
+            notice.request("a notice")
+        writer.save(24, [])
+        writer.close(wait=True)
+        before = load_manifest(run, max(list_checkpoints(run)))
+    assert len(before.segments) == 1 + is_hurried
+    assert shown(run, before.metrics) == [(24, "loss", 0.5), (24, "val_loss", 0.5)]
+
+
+# --- how often a run saves: as configured, else as its own history and its last save make it worth while
+
+INTERVALS = [
+    # In a run that was not killed it takes a hundredth.
+    (None, 30, (1.0, 0.05), None, 100),
+    (None, 30, (0.01, 0.0), None, 10),
+    (None, 30, (7.0, 0.05), None, 600),
+    # Young's square root, of 2 × 0.5 s × an hour.
+    (None, 30, (1.0, 0.5), 3600.0, 60),
+    (None, 30, (1.0, 5.0), 10**7, 600),
+    # Saving takes a tenth of the time at most.
+    (None, 30, (3.0, 0.05), 60.0, 30),
+    (None, 900, (100.0, 0.05), None, 1000),
+    (None, 900, (100.0, 0.05), 3600.0, 1000),
+    (None, 30, (100.0, 0.05), None, 1000),
+    (7.0, 30, (3.0, 0.05), 60.0, 420),
+    # A notice that is too short loses the work since the last save.
+    (None, 30, (40.0, 0.05), None, 400),
+    (7.0, 30, (40.0, 0.05), None, 400),
+    (2.0, 30, (40.0, 0.05), None, 120),
+]
+
+
+@pytest.mark.parametrize(("configured", "grace", "save", "killed_every", "seconds"), INTERVALS)
+def test_intervals(configured, grace, save, killed_every, seconds):
+    assert interval_seconds(configured, grace, save, killed_every) == pytest.approx(seconds, rel=0.02)
+
+
+def test_no_other_interval_takes_less_time():
+    for every, stall in itertools.product((60.0, 3600.0, 24 * 3600.0), (0.05, 1.0, 20.0)):
+        best = best_interval_seconds(stall, every)
+        intervals = np.array([best, *np.geomspace(best / 20, best * 20, 400)])
+        # Daly (2006), eq. 20, of which e^{R/M} does not depend on the interval: M (e^{(τ + δ)/M} - 1) / τ.
+        took = every * np.expm1((intervals + stall) / every) / intervals
+        assert took[0] <= 1.001 * took.min()
+        # Young's square root (1974), where a save takes little of the time.
+        assert best == pytest.approx(np.sqrt(2 * stall * every), rel=2 * np.sqrt(stall / every))
+    # Daly, eq. 37, for half a save in an interruption: √(2δM) (1 + √(δ/2M)/3 + δ/2M/9) - δ, and M from 2M on.
+    assert best_interval_seconds(2.0, 4.0) == pytest.approx(4 * (1 + 0.5 / 3 + 0.25 / 9) - 2)
+    assert best_interval_seconds(8.0, 4.0) == 4.0
+
+
+def test_a_run_that_is_killed_saves_often(tmp_path):
+    def moment(seconds: float) -> str:
+        return (datetime.now(UTC) - timedelta(seconds=seconds)).strftime(MOMENT_FORMAT)
+
+    for name, state in (("killed", "running"), ("stopped", "stopped")):
+        run = open_store(str(tmp_path / name))
+        for fence in range(1, 4):
+            seen = LastStatus(state=state, images_seen=0, updated=moment(100 * (4 - fence) + 95))
+            previous = {"previous": fence - 1, "previous_seen": seen} if fence > 1 else {}
+            update = {"started": moment(100 * (4 - fence)), **previous}
+            record = leased(run, fence).record.model_copy(update=update)
+            run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
+    # Killed after five seconds, twice: it saves before the next five are over.
+    cadences = {name: Cadence(open_store(str(tmp_path / name)), None, 30.0) for name in ("killed", "stopped")}
+    began = time.monotonic()
+    eventually(lambda: cadences["killed"].is_over)
+    assert time.monotonic() - began < 2.5
+    assert not cadences["stopped"].is_over

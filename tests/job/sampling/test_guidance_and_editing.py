@@ -26,7 +26,7 @@ from job.data.shards import load_index
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
-from tests.job.sampling.by_hand import ddim_50, estimate_of
+from tests.job.sampling.conftest import ddim_50, estimate_of
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 

@@ -1,8 +1,9 @@
-"""Sampling from checkpoints: which images come out, and that nothing but their seeds decides it."""
+"""Sampling from checkpoints: which images come out by each sampler, and that nothing but their seeds decides it."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,14 +17,21 @@ from PIL import Image
 from ddpm import figures
 from job.config.schema import SampleConfig
 from job.data.shards import Shards, load_index
+from job.evaluation.evaluate import run_evaluation
+from job.evaluation.evaluation_plan import plan_evaluation
 from job.exits import NotANumberError, StoppedError
-from job.requests import SampleRequest
+from job.requests import EvaluateRequest, SampleRequest
+from job.runs.checkpoints import choose, list_checkpoints
+from job.runs.layout import CheckpointRef
+from job.runs.retention import reading_chosen
+from job.runs.run import FoundGrid
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, run_sampling
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.stops import stop_after
+from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.launching import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 BF16_LEVELS = 1.0
@@ -67,12 +75,52 @@ def test_images_depend_on_seeds_alone(draw):
         assert different[~np.eye(7, dtype=bool)].min() > 10, sampling
 
 
+ORDERS = {"unipc": 2, "ipndm": 2, "deis": 3}
+
+
+@pytest.mark.slow
+def test_samplers_without_noise_agree(draw):
+    """That of each seed where the probability flow ends, and the better ones find it in fewer steps."""
+    exact, seeds = draw(range(4), 4, sampler="dpmpp_3m", steps=50, clip=False), range(4)
+    errors = {}
+    for sampler, order in {**dict.fromkeys(("ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m")), **ORDERS}.items():
+        options = {"order": order} if order else {}
+        errors[sampler] = np.abs(draw(seeds, 4, sampler=sampler, steps=12, clip=False, **options) - exact).mean()
+    first_order = errors.pop("ddim")
+    assert errors.pop("euler") == first_order < 12
+    assert max(errors.values()) < first_order, errors
+    for noisy in ({"sampler": "euler_ancestral"}, {"sampler": "dpmpp_sde_2m"}, {"sampler": "heun", "churn": 20.0}):
+        assert np.abs(draw(seeds, 4, steps=12, **noisy) - exact).mean() > 20, noisy
+
+
 def test_bf16_differs_a_little(draw):
     fp32 = draw(SEEDS, 64)
     bf16 = {batch_size: draw(SEEDS, batch_size, precision="bf16") for batch_size in (1, 3, 64)}
     for images in bf16.values():
         assert np.abs(images - bf16[64]).mean() < BF16_LEVELS
         assert 0 < np.abs(images - fp32).mean() < BF16_LEVELS
+
+
+def test_a_grid_is_found_once(bucket, sample):
+    run, name = bucket / "runs/walk", "epoch-0003-ddim-4-grid-found-seeds-0-3.png"
+    how = {"grid": "found", "steps": 4, "seeds": "0-3"}
+    first = sample(**how, checkpoints="3")
+    assert list(first) == [name]
+    found = {path: path.read_bytes() for path in (run / "grids").iterdir()}
+    (path,) = found
+    numbers = json.loads(found[path])["numbers"]
+    assert path.name == "found-4.json"
+    assert numbers[0] == 49 and numbers == sorted({*numbers}, reverse=True) and len(numbers) == 4
+    assert sample(**how, checkpoints="1,3")[name].tobytes() == first[name].tobytes()
+    assert {path: path.read_bytes() for path in (run / "grids").iterdir()} == found
+    more = ("sample", "--run", "walk", "--bucket", bucket, "--grid", "found", "--steps", 4, "--sampler", "unipc")
+    succeeded(ddpm_here(*more, "--count", 4))
+    assert "complete already" in succeeded(ddpm_here(*more, "--count", 4))
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
+    # Images of one set all visit the same points.
+    other = FoundGrid.from_json(found[path], "").model_copy(update={"numbers": (49, 30, 20, 10)})
+    path.write_bytes(other.to_json())
+    assert "4 made at" in succeeded(ddpm_here(*more, "--count", 4))
 
 
 def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
@@ -142,7 +190,7 @@ def test_several_checkpoints_give_a_comparison(bucket, sample):
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [4, pytest.param(25, marks=pytest.mark.slow)])
 def test_gif_goes_from_noise_to_sample(sample, draw, steps):
     _, gif = sample(gif=True, steps=steps).values()
     assert (gif.n_frames, gif.info["loop"]) == (min(steps, 19) + 1, 0)
@@ -174,18 +222,16 @@ def test_search_for_nearest_images_can_stop(bucket):
         grid_png(np.zeros((4, 16, 16, 3), np.uint8), range(4), training=Cache(), stop=stop_after(1))
 
 
+KINDS = ["coast", "desert", "hills", "mountain", "skyline"]
+
+
 @pytest.mark.parametrize(
     ("words", "title", "above", "below"),
     [
-        ({"seeds": "0-9"}, "ddim, 4 steps · seeds 0-9", ["coast", "desert", "hills", "mountain", "skyline"] * 2, None),
-        ({"seeds": "7,1,2"}, "ddim, 4 steps · seeds 7, 1-2", None, ["hills", "desert", "hills"]),
-        (
-            {"seeds": "3-8", "classes": "hills,coast", "eta": 0.5},
-            "ddim, 4 steps, eta 0.5 · seeds 3-8",
-            ["coast", "hills"] * 3,
-            None,
-        ),
-        ({"seeds": "0", "classes": "coast"}, "ddim, 4 steps · seed 0 · class coast", None, None),
+        ({"seeds": "0-9"}, " · seeds 0-9", KINDS * 2, None),
+        ({"seeds": "7,1,2"}, " · seeds 7, 1-2", None, ["hills", "desert", "hills"]),
+        ({"seeds": "3-8", "classes": "hills,coast", "eta": 0.5}, ", eta 0.5 · seeds 3-8", ["coast", "hills"] * 3, None),
+        ({"seeds": "0", "classes": "coast"}, " · seed 0 · class coast", None, None),
     ],
 )
 def test_a_grid_says_what_it_shows(sample, monkeypatch, words, title, above, below):
@@ -193,5 +239,48 @@ def test_a_grid_says_what_it_shows(sample, monkeypatch, words, title, above, bel
     drawn = figures.image_grid
     monkeypatch.setattr(figures, "image_grid", lambda *grid, **more: said.update(more) or drawn(*grid, **more))
     sample(**words)
-    assert said["title"] == f"walk · epoch 3 · {title}"
+    assert said["title"] == f"walk · epoch 3 · ddim, 4 steps{title}"
     assert (said["column_labels"], said["labels"]) == (above, below)
+
+
+@pytest.fixture
+def train_on(bucket):
+    """Trains another epoch, which retires all but the newest checkpoint and that of the first epoch."""
+
+    def train_on(epochs: int = 4) -> list[int]:
+        words = ("train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
+        succeeded(ddpm_here(*words))
+        return [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/walk"))]
+
+    return train_on
+
+
+@pytest.mark.slow
+def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypatch):
+    monkeypatch.setenv("DDPM_LAUNCHED", "1")
+    requests = ({"chosen": {"nearest": False}}, {"count": 3}, {"checkpoints": "3"})
+    grid, images, gone = (plan_sampling(SampleRequest("walk", bucket=str(bucket), **options)) for options in requests)
+    few = {"count": 12, "extractor": "mobilenet", "references": 24}
+    scores = plan_evaluation(EvaluateRequest("walk", bucket=str(bucket), **few))
+    assert grid.checkpoints == images.checkpoints == [CheckpointRef(1, 912)]
+    assert train_on() == [312, 1200]
+    for plan in (grid, images):
+        run_sampling(plan)
+        assert "epoch-0004-" in capsys.readouterr().out
+    run_evaluation(scores)
+    assert "walk, epoch-0004: 12 images" in capsys.readouterr().out
+    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 4\)"):
+        run_sampling(gone)
+    assert not list((bucket / "runs/walk").glob("reading/*"))
+
+
+@pytest.mark.slow
+def test_what_is_held_stays(bucket, train_on):
+    run = open_store(str(bucket)).sub("runs/walk")
+    refs = choose(run, "latest", 299, 24)
+    with reading_chosen(run, lambda: refs) as (kept, _):
+        assert [*kept] == [CheckpointRef(1, 912)]
+        assert train_on() == [312, 912, 1200]
+        told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
+        assert "a process samples from" in refused(told, 76)
+    assert train_on(5) == [312, 1512]

@@ -40,6 +40,11 @@ def labels_of(place: str | Path, **options) -> list[tuple[str, str]]:
     return [(one.name, one.label) for one in found]
 
 
+def edm(labels: object) -> tuple[str, bytes]:
+    """The table of EDM's `dataset_tool.py`."""
+    return "dataset.json", json.dumps({"labels": labels}).encode()
+
+
 @pytest.mark.parametrize("make", [zip_of, folder_of])
 def test_edm_labels_are_joined_by_name(tmp_path, make):
     """As `dataset_tool.py` writes them: `dataset.json` last, with the labels in another order than the images.
@@ -47,37 +52,35 @@ def test_edm_labels_are_joined_by_name(tmp_path, make):
     EDM's loader sorts the names of the images, and looks each up in the table (Karras et al. 2022).
     """
     names = [f"{n // 4:05d}/img{n:08d}.png" for n in range(10)]
-    table = [[name, (n * 7) % 12] for n, name in enumerate(names)]
+    table = {name: (n * 7) % 12 for n, name in enumerate(names)}
     files = [(name, png(n)) for n, name in enumerate(names)]
-    content = json.dumps({"labels": table[::-1]}).encode()
+    _, content = edm([[*row] for row in table.items()][::-1])
     path = make(tmp_path / "edm.zip", [*files, ("dataset.json", content)])
-    assert labels_of(path) == [(name, str(dict(table)[name])) for name in sorted(names)]
+    assert labels_of(path) == [(name, str(table[name])) for name in sorted(names)]
     index = packed(tmp_path / "b", path)
-    assert index.classes == tuple(map(str, sorted({label for _, label in table})))
+    assert index.classes == tuple(map(str, sorted(set(table.values()))))
     assert (index.classes_from, index.skipped) == ("labels", {})
     # Its user has zipped the folder, and not what is in it; or has two of them.
     inner = [(f"edm/{name}", image) for name, image in (*files, ("dataset.json", content))]
-    assert [label for _, label in labels_of(make(tmp_path / "inner.zip", inner))] == [
-        str(dict(table)[name]) for name in sorted(names)
-    ]
+    found = labels_of(make(tmp_path / "inner.zip", inner))
+    assert [label for _, label in found] == [str(table[name]) for name in sorted(names)]
     two = make(tmp_path / "two.zip", [*inner, ("other/dataset.json", content), ("other/1.png", png(1))])
     with pytest.raises(BadRequestError, match=r"several tables of labels, edm/dataset.json, other/dataset.json"):
         open_source(str(two))
     # -1 stands for no class, also where all others have one.
-    some = json.dumps({"labels": [[name, 1 if n else -1] for n, name in enumerate(names)]}).encode()
-    known = make(tmp_path / "known", [*files, ("dataset.json", some)])
+    known = make(tmp_path / "known", [*files, edm([[name, 1 if n else -1] for n, name in enumerate(names)])])
     assert packed(tmp_path / "known-b", known, unlabelled="drop").classes == ("1",)
     # Without labels the folders are no classes, which hold the images by number.
     for nothing in (b'{"labels": null}', b"[1, 2]", b"{}"):
         bare = make(tmp_path / f"bare-{len(nothing)}", [*files, ("dataset.json", nothing)])
         assert packed(tmp_path / f"b{len(nothing)}", bare).classes == ()
-    vectors = json.dumps({"labels": [[name, [0.5, 1.0]] for name in names]}).encode()
-    with pytest.raises(BadDataError, match=r"dataset.json has several values of its label, and not one class"):
-        open_source(str(make(tmp_path / "vectors", [*files, ("dataset.json", vectors)])))
-    assert packed(tmp_path / "without", tmp_path / "vectors", classes=False).classes == ()
-    for harmed in (content[:-9], b'{"labels": [["a", 1, 2]]}', b'{"labels": [7]}', b'{"labels": 7}'):
-        with pytest.raises(BadDataError, match=r"dataset.json (has no labels such as|is truncated or damaged)"):
-            open_source(str(make(tmp_path / f"harmed-{len(harmed)}", [*files, ("dataset.json", harmed)])))
+    _, vectors = edm([[name, [0.5, 1.0]] for name in names])
+    for harmed in (vectors, content[:-9], b'{"labels": [["a", 1, 2]]}', b'{"labels": [7]}', b'{"labels": 7}'):
+        place = make(tmp_path / f"harmed-{len(harmed)}", [*files, ("dataset.json", harmed)])
+        said = "has several values of its label, and not one" if harmed == vectors else "has no labels such as|is trunc"
+        with pytest.raises(BadDataError, match=rf"dataset.json ({said})"):
+            open_source(str(place))
+        assert packed(tmp_path / f"without-{len(harmed)}", place, classes=False).classes == ()
 
 
 def test_large_tables_are_refused(tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""torch-fidelity installs a package of this name, which would win over a folder without this file."""

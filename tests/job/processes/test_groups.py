@@ -1,0 +1,270 @@
+"""The processes of one job: what each is told, what they tell each other, and that launchers and nodes learn alike."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from job.exits import BadRequestError, JobError, MissingInputError, Restart, restart_after
+from job.processes import group
+from job.processes.group import Group
+from job.processes.ranks import Agreement
+from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
+from job.runs.records import load_attempt, read_status
+from tests.job.hooked import hooked
+from tests.job.launching import ended, eventually, start
+from tests.job.processes.conftest import ON_AND_ON
+
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}
+
+
+def test_the_environment_describes_the_group():
+    group = Group.of(4, TWO)
+    assert group == Group(4, nodes=2, node=1, address="node-0.job", port=1234)
+    place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert group.environment(1).items() >= (place | {"MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}).items()
+    # A machine that is alone is told of no others.
+    alone = Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0)
+    assert alone.keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
+    assert Group.of(2, {}).address == "127.0.0.1"
+    for named, wrong in {
+        **{f"('{name}')": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
+        "('NODE_RANK')": {"NNODES": "2"},
+        "(NODE_RANK=2, NNODES=2, MASTER_PORT=1234)": TWO | {"NODE_RANK": "2"},
+        "'two')": {"NNODES": "two"},
+    }.items():
+        with pytest.raises(BadRequestError, match=f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK"):
+            Group.of(1, wrong)
+
+
+def test_threads_follow_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(group, "CPU_LIMIT", tmp_path / "cpu.max")
+    for limit, processes, threads in (
+        ("", 2, 32),
+        ("max 100000", 1, 64),
+        ("850000 100000", 2, 4),
+        ("50000 100000", 1, 1),
+    ):
+        (tmp_path / "cpu.max").write_text(limit)
+        environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
+        assert Group(processes).environment(0).items() >= environment.items()
+    # A person knows better.
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert Group(2).environment(1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_missing_gpus_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(group, "DRIVER", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "_cuda", lambda: ("13.0", 1))
+        for given in ("", "0", "1"):
+            monkeypatch.setenv(group.GPUS, given)
+            group.check_gpus()
+        monkeypatch.setenv(group.GPUS, "8")
+        # Another machine may have what this one lost.
+        said = "was given 8 GPUs, and PyTorch sees 1: a GPU failed, or the driver is too old"
+        with pytest.raises(JobError, match=said) as lost:
+            group.check_gpus()
+        assert restart_after(lost.value.exit_code) is Restart.BOUNDED
+    # No machine would have these.
+    monkeypatch.setenv(group.GPUS, "1")
+    group._cuda.cache_clear()
+    said = "was given 1 GPU, and PyTorch sees 0: this is a PyTorch for CPUs; `make image TORCH=cuda`"
+    with pytest.raises(MissingInputError, match=said):
+        group.check_gpus()
+    group._cuda.cache_clear()
+
+
+RANK = """
+import torch.distributed as dist
+from job.exits import BucketAwayError
+from job.processes.ranks import Agreement, meet
+from job.stop import Stop
+
+class CountingStop(Stop):
+    asked = 0
+    def __call__(self):
+        self.asked += 1
+        return super().__call__()
+class Unspeakable(Exception):
+    def __init__(self, what):
+        super().__init__(what)
+        self.lock = threading.Lock()
+def fail(error):
+    raise error
+def heard(error):
+    try:
+        ranks.on_main(lambda: fail(error))
+    except Exception as error:
+        return type(error).__name__, str(error)
+def slow():
+    time.sleep(1)
+    return ranks.rank, list(range(1000))
+
+# A result reaches all.
+stop = CountingStop()
+ranks = meet(stop)
+assert (ranks.rank, ranks.world_size, ranks.is_main) == (rank, 2, rank == 0)
+assert ranks.sum(10 + rank, 1) == (21, 2)
+stop.asked = 0
+assert ranks.on_main(slow) == (0, list(range(1000)))
+# Who waits asks for a stop at every fiftieth of a second; a busy machine gets round to fewer.
+assert rank == 0 or stop.asked > 20
+# An error reaches all, and one that cannot be sent leaves nobody waiting.
+assert heard(BucketAwayError("the bucket is away")) == ("BucketAwayError", "the bucket is away")
+name, said = heard(Unspeakable("a lock cannot be sent"))
+unsent = "RuntimeError", True
+assert (name, "has a result that cannot be sent" in said) == (unsent if rank else ("Unspeakable", False)), said
+assert rank or said == "a lock cannot be sent"
+assert ranks.on_main(lambda: ranks.rank) == 0
+# Two processes agree one step late.
+agreement = Agreement(2, flags=2)
+agreed = [agreement.finish()]
+for step in range(6):
+    agreed.append(agreement.exchange(rank == 1 and step == 2, rank == 0 and step >= 4))
+agreed += [agreement.finish(), agreement.finish()]
+# Who is ahead does not wait: the exchange of this step needs nobody yet.
+dist.barrier()
+if rank == 0:
+    agreed.append(agreement.exchange(False, False))
+    Path("ahead").touch()
+else:
+    while not Path("ahead").exists():
+        time.sleep(0.01)
+    agreed.append(agreement.exchange(True, False))
+agreed.append(agreement.finish())
+no, first, second = (False, False), (True, False), (False, True)
+assert agreed == [no, no, no, no, first, no, second, second, no, no, first], agreed
+# As the program ends: at a normal exit the threads of gloo may abort the process.
+os._exit(0)
+"""
+
+
+def test_ranks_tell_each_other(tmp_path):
+    """Two real ones, over gloo, under the launcher."""
+    code, _, err = ended(start(tmp_path, RANK), 120)
+    assert code == 0, err
+    alone = Agreement(1, flags=2)
+    assert (alone.exchange(True, False), alone.finish()) == ((True, False), (False, False))
+
+
+# --- other launchers and several nodes, here launchers of one machine
+
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", "-m", "--", "job")
+"""Without `--` torchrun takes `--run` for an abbreviation of an option of its own."""
+ACCELERATE = (
+    *(str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "job"),
+)
+
+
+@pytest.fixture
+def together(place):
+    """Starts a run on two nodes of one process each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+
+    def together(run, *words, **more):
+        variables = more | TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [place.started(run, *words, **variables | {"NODE_RANK": str(node)}) for node in range(2)]
+
+    return together
+
+
+def check_ends(*expected, of):
+    """Checks how processes end, and returns what the first one said."""
+    said = [process.communicate(timeout=150)[0] for process in of]
+    assert [process.returncode for process in of] == [*expected], said[0]
+    return said[0]
+
+
+@pytest.mark.slow
+def test_all_launchers_share_a_run(place, together):
+    """Begun by torchrun, gone on with on two nodes, of which one is preempted, and ended by accelerate."""
+    run, ours = place.run("shared"), place.run("ours")
+
+    def newest(run):
+        manifest = load_manifest(run, max(list_checkpoints(run)))
+        assert load_attempt(run, manifest.fence).world_size == 2
+        return manifest
+
+    process = place.begun("shared", program=TORCHRUN)
+    process.terminate()
+    # torchrun flattens the exit codes.
+    said = check_ends(1, of=[process])
+    assert said.count("everything is saved, and the same command goes on from there") == 1
+    assert (read_status(run).state, read_status(run).images_seen) == ("stopped", newest(run).images_seen)
+    before = newest(run)
+    nodes = together("shared", *ON_AND_ON)
+    eventually(lambda: newest(run).fence > before.fence, 200)
+    nodes[1].send_signal(signal.SIGTERM)
+    check_ends(75, 75, of=nodes)
+    assert newest(run).images_seen > before.images_seen
+
+    epochs = newest(run).images_seen // 299 + 2
+    alone = place.started("ours", "--epochs", epochs, "--processes", 2)
+    check_ends(0, 0, of=[place.started("shared", "--epochs", epochs, program=ACCELERATE), alone])
+    assert read_status(run).state == "finished"
+    there, wanted = ({file.name: file.sha256 for file in newest(each).files} for each in (run, ours))
+    # The runs began with different epochs.
+    assert there | {RUN_CONFIG: ""} == wanted | {RUN_CONFIG: ""}
+
+    # A node that dies ends the others.
+    finished = newest(run)
+    nodes = together("shared", *ON_AND_ON)
+    eventually(lambda: newest(run).fence > finished.fence, 200)
+    nodes[1].kill()
+    said, _ = nodes[0].communicate(timeout=150)
+    assert nodes[0].returncode not in (0, 75), said
+
+
+@pytest.mark.slow
+def test_an_error_of_other_launchers_is_code_1(place):
+    for program in (TORCHRUN, ACCELERATE):
+        said = check_ends(1, of=[place.started("refused", "--set", "train.batch_size=1", program=program)])
+        refusal = r"^ddpm(?: \(rank 1\))?: 2 processes cannot share train\.batch_size=1 images"
+        assert re.search(refusal, said, re.MULTILINE)
+        assert "ddpm/" not in said, "a traceback of ours"
+
+
+OPENS_SLOWLY = """
+import os
+def slowly(bucket, index, budget_bytes, stop, opened=open_cache):
+    stop.sleep(24 * int(os.environ["NODE_RANK"]))
+    return opened(bucket, index, budget_bytes, stop)
+
+open_cache = slowly
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_node_is_waited_for(together, tmp_path):
+    hooks = hooked(tmp_path / "hooks", job__data__reading__cache=OPENS_SLOWLY)
+    check_ends(0, 0, of=together("decodes", "--epochs", 1, "--hang-after", 12, PYTHONPATH=hooks))
+
+
+@pytest.mark.slow
+def test_a_waiting_node_can_be_stopped(place, together):
+    (waiting, other) = together("waits", "--epochs", 2)
+    other.kill()
+    # Long enough to have begun to wait.
+    time.sleep(8)
+    assert waiting.poll() is None, waiting.communicate()
+    waiting.terminate()
+    check_ends(75, of=[waiting])
+    assert not place.run("waits").exists("lease.json")
+    began = time.monotonic()
+    (waiting, other) = together("waits", "--epochs", 2, "--stop-after", "40s", "--hang-after", 20)
+    other.kill()
+    said = check_ends(75, of=[waiting])
+    assert time.monotonic() - began >= 40
+    assert "stopped by its deadline (--stop-after) before it began" in said
