@@ -75,10 +75,8 @@ def test_guided_images_depend_on_seeds_alone(draw):
         images = draw(SEEDS, 64, run="all", **chosen)
         assert np.abs(images - plain).mean() > 1, chosen
         assert np.abs(draw(SEEDS, 2, run="all", **chosen) - images).max() <= 1, chosen
-    learnt, large = (
-        draw(SEEDS, 64, run="all", sampler="ddpm", steps=8, variance=variance)
-        for variance in ("learned_range", "fixed_large")
-    )
+    kinds = ("learned_range", "fixed_large")
+    learnt, large = (draw(SEEDS, 64, run="all", sampler="ddpm", steps=8, variance=kind) for kind in kinds)
     assert np.abs(learnt - large).mean() > 1
     # Seeds 3 and 77 mod 5 are of this class anyway.
     one_class = np.abs(draw(SEEDS, 64, run="all", labels=(3,)) - plain).mean(axis=(1, 2, 3))
@@ -86,20 +84,16 @@ def test_guided_images_depend_on_seeds_alone(draw):
 
 
 def test_names_state_guidance_and_classes(sampled):
-    names = {
-        "epoch-0002-ddim-4-guidance-3-seeds-0-3.png": ("--guidance", 3),
-        "epoch-0002-ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7-seeds-0-3.png": (
-            *("--guidance", 3, "--guidance-interval", "0.5,5", "--guidance-rescale", 0.7),
+    for name, words in {
+        "ddim-4-guidance-3": "--guidance 3",
+        "ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7": (
+            "--guidance 3 --guidance-interval 0.5,5 --guidance-rescale 0.7"
         ),
-        "epoch-0002-ddim-4-guidance-1.5-autoguidance-1-seeds-0-3.png": ("--guidance", 1.5, "--autoguidance", 1),
-        "epoch-0002-ddpm-4-variance-learned_range-seeds-0-3.png": (
-            *("--sampler", "ddpm", "--steps", 4, "--variance", "learned_range"),
-        ),
-        "epoch-0002-ddim-4-classes-2_0-seeds-0-3.png": ("--classes", "hills, 0"),
-    }
-    assert {name: list(sampled(*words, "--seeds", "0-3")) for name, words in names.items()} == {
-        name: [name] for name in names
-    }
+        "ddim-4-guidance-1.5-autoguidance-1": "--guidance 1.5 --autoguidance 1",
+        "ddpm-4-variance-learned_range": "--sampler ddpm --steps 4 --variance learned_range",
+        "ddim-4-classes-2_0": "--classes hills,0",
+    }.items():
+        assert list(sampled(*words.split(), "--seeds", "0-3")) == [f"epoch-0002-{name}-seeds-0-3.png"]
 
 
 def test_saved_images_have_the_chosen_classes(bucket, draw):
@@ -257,8 +251,8 @@ def test_interpolation_ends_with_both_seeds(sampled, draw):
 def test_impossible_samplings_are_refused(bucket, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
-    inpaint = ("--mode", "inpaint", "--image", "3")
-    refusals: tuple[tuple[str, int, str, tuple[object, ...]], ...] = (
+    inpaint, img2img = ("--mode", "inpaint", "--image", "3"), ("--mode", "img2img", "--image")
+    for run, code, said, words in (
         ("walk", 78, "began with model.label_dropout=0.1", ("--guidance", 2)),
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
         ("walk", 78, "is of order 3, above sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
@@ -283,22 +277,16 @@ def test_impossible_samplings_are_refused(bucket, tmp_path):
         ("all", 64, "needs --image", ("--mode", "img2img")),
         ("all", 64, "--strength is an option of --mode img2img and invert", (*inpaint, "--strength", 0.5)),
         ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
-        (
-            "all",
-            2,
-            "'--strength': Input should be greater than or equal to 0.001",
-            ("--mode", "img2img", "--image", 3, "--strength", 0),
-        ),
+        ("all", 2, "'--strength': Input should be greater than or equal to 0.001", (*img2img, 3, "--strength", 0)),
         ("all", 2, "'--resamplings': Input should be greater than or equal to 1", (*inpaint, "--resamplings", 0)),
         ("all", 64, "--gif works only for new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
         ("all", 64, "--seeds 0-2 has an odd number", ("--mode", "interpolate", "--seeds", "0-2")),
-        ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
-        ("all", 66, "no.png: No such file", ("--mode", "img2img", "--image", tmp_path / "no.png")),
-        ("all", 65, "is damaged at its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
+        ("all", 64, "has the images 0 to 298", (*img2img, "0-299")),
+        ("all", 66, "no.png: No such file", (*img2img, tmp_path / "no.png")),
+        ("all", 65, "is damaged at its beginning", (*img2img, tmp_path / "broken.png")),
         ("all", 64, "inpaint replaces the white part", (*inpaint, "--mask", tmp_path / "white.png")),
-    )
-    for run, code, said, words in refusals:
+    ):
         line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
         assert said in line, (words, line)
     learned = "diffusion.variance=learned_range"

@@ -113,22 +113,9 @@ def test_png_files_hold_each_seeds_image(bucket):
 
 @pytest.mark.slow
 def test_slices_make_what_one_process_makes(bucket, far):
-    child = started(*words(far, 100, "--slice", "1/2"))
-    succeeded(ddpm_here(*words(bucket, 100)))
-    outputs = [succeeded(ddpm_here(*words(far, 100, "--slice", "0/2"))), child.communicate(timeout=200)[0]]
-    assert child.returncode == 0, outputs
-    made = [int(re.search(r"(\d+) made", out)[1]) for out in outputs if "made" in out]
-    assert sum(made) == 100, outputs
-    alone, together = (set_of(uri, 100).folder for uri in (bucket, far))
-    # Times and makers are in the records.
-    assert contents(together, but="pieces/") == contents(alone, but="pieces/")
-    assert any("100 images in 7 pieces" in out for out in outputs)
-
-
-@pytest.mark.slow
-def test_slices_resume_after_a_kill(bucket):
-    images = set_of(bucket, 96, steps=25)
-    child = started(*words(bucket, 96, *SLOW))
+    """Also after a process was killed, whose pieces stay as they are."""
+    images = set_of(far, 96, steps=25)
+    child = started(*words(far, 96, *SLOW))
     eventually(lambda: len(images.pieces.committed()) >= 2)
     ranks = children(child.pid)
     os.kill(child.pid, signal.SIGKILL)
@@ -140,12 +127,22 @@ def test_slices_resume_after_a_kill(bucket):
     assert 0 < there < 96
     assert images.index() is None
     # The first one alive takes what no other has begun.
-    outputs = [succeeded(ddpm_here(*words(bucket, 96, *SLOW, "--slice", f"{index}/2"))) for index in range(2)]
+    outputs = [succeeded(ddpm_here(*words(far, 96, *SLOW, "--slice", f"{index}/2"))) for index in range(2)]
     assert f"96 images in 6 pieces; {96 - there} made" in outputs[0]
     assert "complete already" in outputs[1]
     after = contents(images.folder)
     assert {key: after[key] for key in before} == before
     assert len(images.pieces.committed()) == 6
+    # Two that are alive at once, on another set, make what one makes.
+    child = started(*words(far, 100, "--slice", "1/2"))
+    succeeded(ddpm_here(*words(bucket, 100)))
+    outputs = [succeeded(ddpm_here(*words(far, 100, "--slice", "0/2"))), child.communicate(timeout=200)[0]]
+    assert child.returncode == 0, outputs
+    made = [int(re.search(r"(\d+) made", out)[1]) for out in outputs if "made" in out]
+    assert sum(made) == 100 and any("100 images in 7 pieces" in out for out in outputs), outputs
+    alone, together = (set_of(uri, 100).folder for uri in (bucket, far))
+    # Times and makers are in the records.
+    assert contents(together, but="pieces/") == contents(alone, but="pieces/")
 
 
 @pytest.mark.slow
@@ -185,38 +182,35 @@ def test_repeated_pieces_do_no_harm(far, save):
 
 
 @pytest.mark.slow
-def test_damages_are_named_with_their_remedy(bucket):
-    for number, (key, harm, slices) in enumerate(
-        (
-            ("pieces/00000.json", flip_a_bit, 2),
-            ("piece-00000.tar", Path.unlink, 2),
-            ("piece-00001.tar", Path.unlink, 1),
-            ("piece-00001/000000017.png", Path.unlink, 1),
-            ("index.json", flip_a_bit, 1),
-        )
-    ):
-        more = ("--first-seed", 100 * number, "--save", "png" if key.endswith("png") else "shards")
-        images = set_of(bucket, 20, first_seed=100 * number, save=more[-1])
-        if key.endswith("png"):
-            key = f"piece-00001/{100 * number + 17:09d}.png"
-        succeeded(ddpm_here(*words(bucket, 20, *more, "--slice", f"0/{slices}")))
-        whole = contents(images.folder, but="pieces/")
-        if slices > 1:
-            # As before the last piece.
-            (Path(images.folder.uri) / "index.json").unlink()
-        harm(Path(images.folder.uri) / key)
-        problems = [
-            line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.folder.uri}/" in line
-        ]
-        assert any(f"{images.folder.uri}/{key} " in line for line in problems), problems
-        line = refused(ddpm_here(*words(bucket, 20, *more)), 65)
-        assert f"{images.folder.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
-        named = re.findall(rf"{re.escape(images.folder.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
-        for name in named:
-            for path in (Path(images.folder.uri) / name).parent.glob(f"{Path(name).name}*"):
-                subprocess.run(["rm", "-r", path], check=True)
-        assert "20 images in 2 pieces" in succeeded(ddpm_here(*words(bucket, 20, *more)))
-        assert whole.items() <= contents(images.folder, but="pieces/").items()
+@pytest.mark.parametrize(
+    ("key", "harm", "slices"),
+    [
+        ("pieces/00000.json", flip_a_bit, 2),
+        ("piece-00000.tar", Path.unlink, 2),
+        ("piece-00001.tar", Path.unlink, 1),
+        ("piece-00001/000000017.png", Path.unlink, 1),
+        ("index.json", flip_a_bit, 1),
+    ],
+)
+def test_damages_are_named_with_their_remedy(bucket, key, harm, slices):
+    save = "png" if key.endswith("png") else "shards"
+    images, more = set_of(bucket, 20, save=save), ("--save", save)
+    folder = Path(images.folder.uri)
+    succeeded(ddpm_here(*words(bucket, 20, *more, "--slice", f"0/{slices}")))
+    whole = contents(images.folder, but="pieces/")
+    if slices > 1:
+        # As before the last piece.
+        (folder / "index.json").unlink()
+    harm(folder / key)
+    problems = verify_run(open_store(str(bucket)), "walk").problems
+    assert any(f"{folder}/{key} " in line for line in problems), problems
+    line = refused(ddpm_here(*words(bucket, 20, *more)), 65)
+    assert f"{folder}/{key.removesuffix('/000000017.png')}" in line
+    for name in re.findall(rf"{re.escape(str(folder))}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line):
+        for path in (folder / name).parent.glob(f"{Path(name).name}*"):
+            subprocess.run(["rm", "-r", path], check=True)
+    assert "20 images in 2 pieces" in succeeded(ddpm_here(*words(bucket, 20, *more)))
+    assert whole.items() <= contents(images.folder, but="pieces/").items()
 
 
 def test_checkpoints_of_a_set_never_mix(bucket):

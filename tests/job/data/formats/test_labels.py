@@ -171,9 +171,8 @@ def test_index_and_pack_read_the_same_labels(tmp_path):
     for tars, splits in [("splits", ("train", "val")), ("splits/train", ())]:
         index = packed(tmp_path / tars / "b", "", tars=(str(tmp_path / tars),), shard_images=None, labels=":kind")
         assert index.splits == splits
-    with pytest.raises(
-        BadDataError, match="has the label 'x', and no number up to 99999: `ddpm data pack` takes names"
-    ):
+    said = "has the label 'x', and no number up to 99999: `ddpm data pack` takes names"
+    with pytest.raises(BadDataError, match=said):
         packed(tmp_path / "c", "", tars=(str(folder),), shard_images=None)
     with pytest.raises(BadRequestError, match="labels beside the images: use :KEY"):
         packed(tmp_path / "d", "", tars=(str(folder),), labels="a.csv:kind")
@@ -199,6 +198,12 @@ def test_label_that_no_image_has_is_refused(tmp_path):
             packed(tmp_path / place.name, "", tars=(str(place),), shard_images=None, labels=":lable")
 
 
+METADATA = b"""{"file_name": "000001.jpg", "text": "x", "label": 3}
+
+{"file_name": "000002.jpg", "label": null}
+{"file_name": "000003.jpg", "label": 0}
+"""
+SPACES = b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n img/000002, c, 1\r\nimg/000003,d,1,\r\n'
 CELEBA_ATTRIBUTES = b"3\nSmiling Young\n000001.jpg  1 -1\n000002.jpg -1  1\n000003.jpg  1  1\n"
 TABLES = [
     ("identity_CelebA.txt", b"000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n", "", ["2880", "2937", "2880"]),
@@ -206,20 +211,9 @@ TABLES = [
     ("train.csv", b"id,breed\n000001,pug\n000002,boxer\n000003,pug\n", "", ["pug", "boxer", "pug"]),
     ("a.csv", b"\xef\xbb\xbflabel;Image\n7;img/000001.jpg\n8;img/000002.jpg\n7;img/000003.jpg\n", "", ["7", "8", "7"]),
     ("a.tsv", b'name\tkind\n000001.jpg\t"a, b"\n000002.jpg\tc\n000003.jpg\td\n', "", ["a, b", "c", "d"]),
-    (
-        "metadata.jsonl",
-        b'{"file_name": "000001.jpg", "text": "x", "label": 3}\n\n{"file_name": "000002.jpg", "label": null}\n'
-        b'{"file_name": "000003.jpg", "label": 0}\n',
-        "label",
-        ["3", "", "0"],
-    ),
+    ("metadata.jsonl", METADATA, "label", ["3", "", "0"]),
     ("a.json", b'{"000001.jpg": "cat", "000003.jpg": "dog"}', "", ["cat", "", "dog"]),
-    (
-        "b.csv",
-        b'id, kind , x\r\n./img/000001.jpg, "a, b", 1\r\n img/000002, c, 1\r\nimg/000003,d,1,\r\n',
-        "kind",
-        ["a, b", "c", "d"],
-    ),
+    ("b.csv", SPACES, "kind", ["a, b", "c", "d"]),
     ("d.csv", b"kind,filepaths\na,img/000001.jpg\nb,img/000002.jpg\na,img/000003.jpg\n", "", ["a", "b", "a"]),
     # Labels such as 1 are names of images, too.
     ("h.csv", b"7,000003.jpg\n1,000001.jpg\n1,000002.jpg\n", "", ["1", "1", "7"]),
@@ -321,9 +315,7 @@ def test_row_is_one_image_of_one_class(tmp_path):
         join_labels(table_in("a.json", b'{"1": 2}'), ["1.png"], "breed")
 
 
-WORDS = st.sampled_from(
-    ["file", "label", "1.png", "-1", "1", "", '"', ",", ";", "\t", " ", "\n", "\r", "{", "}", "[", "]"]
-)
+WORDS = st.sampled_from(["file", "label", "1.png", "-1", "1", "", *'",;\t \n\r{}[]'])
 TEXTS = st.lists(WORDS, max_size=30).map("".join).map(str.encode) | st.binary(max_size=200)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
