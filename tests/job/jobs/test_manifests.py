@@ -37,7 +37,7 @@ VENV = {"backend": "slurm", "folder": "/shared/jobs", "venv": "/shared/.venv"}
 SIF = {"backend": "slurm", "folder": "/shared/jobs", "image": "/shared/ddpm.sif", "scratch": "/lscratch/$SLURM_JOB_ID"}
 FULL = {"partition": "gpu", "account": "lab", "qos": "long", "constraint": "a100|h100", "gres": "lscratch:200"}
 CASES = {
-    "kubernetes/one-gpu-spot": (target(), spec()),
+    "kubernetes/one-gpu-spot": (target(), spec(env={"DDPM_GRACE_SECONDS": "1", "PRICE": "$(A) $5"})),
     "kubernetes/eight-gpus": (
         target("queued", **LARGE),
         spec(gpus=8, gpu_type="nvidia-h100-80gb", spot=False, max_hours=72.0),
