@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,9 @@ def told(backend: Target, name: str) -> JobStatus:
     return alive.with_outcome(alive.bucket or backend.usual_bucket)
 
 
-def assert_kept(name: str, made: str, others: Iterable[str] = ()) -> None:
-    """Output is what a file beside the tests holds, whose folder has files of these other names alone."""
+def assert_kept(name: str, made: str) -> None:
+    """Output is what a file beside the tests holds."""
     path = GOLDEN / name
     if os.environ.get(REWRITE):
         path.write_text(made)
     assert path.read_text() == made, f"{REWRITE}=1 writes {path} anew, if that is meant"
-    assert not others or sorted(other.stem for other in path.parent.glob("*")) == sorted(others)

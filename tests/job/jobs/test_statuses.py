@@ -24,7 +24,7 @@ from job.jobs.backends.slurm import _tasks, _whole
 from job.store import open_store
 from tests.job.jobs.submitting import GOLDEN, KINDS, assert_kept, sampling, spec, target
 
-ONE_TIME, LATER = "2026-01-31T12:00:00Z", "2026-01-31T13:00:00Z"
+EARLIER, ONE_TIME, LATER = (f"2026-01-31T1{hour}:00:00Z" for hour in (1, 2, 3))
 POD = {"name": "train-celeba-0-abcde"}
 MADE = {"job": spec(), "group": spec(nodes=2), "slices": sampling(slices=2)}
 RESTARTED = (State.FAILED, State.STOPPED, State.GONE)
@@ -112,7 +112,9 @@ def observe(case: dict, bucket: Path) -> JobStatus:
     status = ENGINES[name](**given) if isinstance(given, dict) else ENGINES[name](*given)
     if "wrote" in case:
         code, message = case["wrote"]
-        one = Outcome(state=state_after(code), exit_code=code, message=message, updated=LATER, starts=(LATER,))
+        # The first start is that of an earlier job of this name.
+        said = {"exit_code": code, "message": message, "updated": LATER, "starts": (EARLIER, LATER)}
+        one = Outcome(state=state_after(code), **said)
         open_store(str(bucket)).put(f"jobs/{status.name}/0-of-1.json", one.to_json())
     return status.with_outcome(str(bucket)) if "wrote" in case or name in ("slurm", "engine") else status
 
