@@ -89,7 +89,7 @@ def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> Tra
     The frozen parts of the model get no gradient.
     """
     device, learnt = next(model.parameters()).device, dict(model.named_parameters())
-    for name in [name for name, each in learnt.items() if name.startswith(train.freeze) or not each.requires_grad]:
+    for name in [name for name in learnt if name.startswith(train.freeze)]:
         learnt.pop(name).requires_grad_(False)
     optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
     shadows = {name: EMA(model) for name in averages}

@@ -177,15 +177,18 @@ def check_network_named(run: Store, config: RunConfig) -> None:
     network_named(model.sha256, model.file, model.network)
 
 
+def put_network(run: Store, config: RunConfig) -> None:
+    """Puts the file of a network of the user into a new run; one that is there already may be of another network."""
+    if isinstance(config.model, OwnSection):
+        run.put(ObjectKind.NETWORK.value, network_named(config.model.sha256, "", "").text)
+
+
 def create_config(run: Store, config: RunConfig) -> None:
-    """Stores a new run's configuration, and before it the file of a network of the user.
+    """Stores a new run's configuration.
 
     Raises:
         LostRunError: another attempt stored a different one first.
     """
-    if isinstance(config.model, OwnSection):
-        # One that an attempt before left behind may be of another network.
-        run.put(ObjectKind.NETWORK.value, network_named(config.model.sha256, "", "").text)
     try:
         run.create(CONFIG_KEY, config.to_yaml().encode())
     except ObjectExistsError:

@@ -171,6 +171,8 @@ class TrainingAttempt:
         before, is_exact = records.last_attempt(plan.run), compute.slots_of(train, ranks) is not None
         device = compute.describe_device(ranks.device, train, is_exact)
         if plan.is_new:
+            # Before the configuration, with which the run exists.
+            records.put_network(plan.run, plan.config)
             records.create_config(plan.run, plan.config)
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
                 note(remark)

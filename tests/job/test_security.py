@@ -227,6 +227,8 @@ KNOWN = {
     ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
     ("job/config/__init__.py", "yaml.load"),  # with a SafeLoader
     ("ddpm/features.py", "torch.jit.load"),  # of a file whose hash is known
+    ("job/own_code.py", "compile("),  # of the file that a command names
+    ("job/own_code.py", "exec("),
 }
 
 

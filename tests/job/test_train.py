@@ -32,7 +32,7 @@ from job.runs.metric_rows import read_rows
 from job.runs.records import read_status
 from job.store import open_store
 from job.store.files import scratch_folder
-from job.training import reporting
+from job.training import reporting, session
 from job.training.session import TrainingSession, run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
 from tests.job.launching import StopWhen
@@ -240,8 +240,9 @@ def test_a_run_that_saves_often_keeps_its_last_epochs(packed):
     assert kept(packed, "often") == there
 
 
-def test_grids_come_ever_more_rarely(packed):
+def test_grids_come_ever_more_rarely(packed, monkeypatch):
     """An attempt that ended between the checkpoint and its grid leaves the grid to the next one."""
+    monkeypatch.setattr(session, "GRIDS_SHARE", float("inf"))
     sets = "sample.every_epochs=null sample.images=24 checkpoint.every_epochs=1"
     folder = packed / "runs/doubled/samples"
     train(packed, "doubled", sets, epochs=5, stop_after=12)
@@ -253,6 +254,10 @@ def test_grids_come_ever_more_rarely(packed):
     heights = [Image.open(grid).height for grid in grids]
     # Before the end a CPU draws twenty images.
     assert heights[0] == heights[1] == heights[2] <= heights[3]
+    # If grids may take no time, the last one alone is there.
+    monkeypatch.setattr(session, "GRIDS_SHARE", 0.0)
+    train(packed, "rare", sets, epochs=2)
+    assert [grid.name for grid in (packed / "runs/rare/samples").glob("*ddim-4.png")] == ["epoch-0002-ddim-4.png"]
 
 
 def test_a_short_attempt_shows_a_loss(packed):
