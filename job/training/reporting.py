@@ -140,6 +140,8 @@ class Recorder:
         try:
             if self._state:
                 self.writer.close(wait=True)
+                # The last pictures come after the last checkpoint.
+                self.tracking.committed()
         finally:
             if self._state:
                 self._status.close(state, self._patience_seconds())
