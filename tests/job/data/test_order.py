@@ -4,7 +4,7 @@ import threading
 import time
 from contextlib import closing
 from itertools import islice
-from math import sqrt
+from math import factorial, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,18 @@ def epochs_of(images: int, epochs: int, seed: int = 0) -> np.ndarray:
     return Order((images,), seed).indices(np.arange(epochs * images)).reshape(epochs, images)
 
 
+def deviations(observed: np.ndarray, expected: float, degrees: int, scale: float = 1.0) -> float:
+    """How many standard deviations chi-square is above its mean."""
+    chi_square = float(((observed - expected) ** 2 / expected).sum()) * scale
+    return (chi_square - degrees) / sqrt(2 * degrees)
+
+
+def table(places: np.ndarray) -> np.ndarray:
+    """How often column i held value j, [n, n]."""
+    n = places.shape[1]
+    return np.stack([np.bincount(column, minlength=n) for column in places.T])
+
+
 def test_every_epoch_has_every_image_once():
     for block_images in (0, 1, 2, 7, 64, 399, IMAGES - 1, IMAGES, IMAGES + 1):
         order = Order(SHARDS, 5, block_images)
@@ -41,6 +53,25 @@ def test_every_epoch_has_every_image_once():
             assert [number // IMAGES for number in numbers] == [0, 1, 2]
     for images in (1, 2, 3, 4, 5, 63, 64, 65, 1000, 65_537, 300_007):
         assert (np.sort(epochs_of(images, 2)) == np.arange(images)).all(), images
+
+
+@pytest.mark.slow
+def test_order_is_statistically_random():
+    for images in (2, 3, 5, 7, 9, 16, 33, 63, 64, 100):
+        orders = epochs_of(images, max(4000, 40 * images))
+        epochs, degrees, scale = len(orders), (images - 1) ** 2, (images - 1) / images
+        moved = np.take_along_axis(np.argsort(orders, axis=1)[1:], orders[:-1], axis=1)
+        assert abs(deviations(table(orders), epochs / images, degrees, scale)) < 4, images
+        assert abs(deviations(table(moved), (epochs - 1) / images, degrees, scale)) < 4, images
+        # Distance between neighbours, which a network with too few rounds would keep.
+        steps = np.bincount(((orders[:, 1:] - orders[:, :-1]) % images).ravel(), minlength=images)[1:]
+        assert abs(steps / steps.mean() - 1).max() < 6 / sqrt(steps.mean()), images
+    # Every permutation of a few is equally likely.
+    for images in (3, 4, 5):
+        numbers = epochs_of(images, 200 * factorial(images)) @ images ** np.arange(images)
+        _, counts = np.unique(numbers, return_counts=True)
+        assert len(counts) == factorial(images)
+        assert abs(deviations(counts, 200, factorial(images) - 1)) < 4
 
 
 def test_position_alone_decides():

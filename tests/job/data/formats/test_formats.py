@@ -193,6 +193,9 @@ def test_one_of_several_labels_is_chosen(tmp_path: Path) -> None:
     masked = saved(tmp_path / "b.npz", images=arrays["images"], masks=greys(5), labels=numbers(5))
     assert "leaving out b.npz/masks.npy" in opened(masked).note
     assert_read(masked, arrays["images"], np.load(masked)["labels"])
+    # The labels of the left images are not those of the right ones, though there are as many.
+    pairs = {"left_images": colours(5), "left_labels": numbers(5), "right_images": colours(5)}
+    assert labels_of(opened(saved(tmp_path / "two.npz", **pairs))) == [*map(str, pairs["left_labels"]), *[""] * 5]
     said = line_of(saved(tmp_path / "c.npz", x=arrays["images"], y=np.eye(5)), Exit.BAD_REQUEST)
     assert "c.npz/y.npy is float64 [5, 5], and not one label for each of 5 images" in said and "argmax" in said
     said = line_of(saved(tmp_path / "m.npz", x=greys(9), y=numbers(8)), Exit.BAD_REQUEST)
