@@ -151,7 +151,8 @@ def named_network(named: str, bucket_uri: str) -> OwnNetwork:
         bucket_uri: has the file of a job.
 
     Raises:
-        BadRequestError: another form, or a file with another hash.
+        BadRequestError: another form.
+        BadDataError: the file of the job has another hash.
         MissingInputError: no such file.
     """
     if not (match := _NAMED.fullmatch(named)):
@@ -162,20 +163,29 @@ def named_network(named: str, bucket_uri: str) -> OwnNetwork:
     path = Path(place).expanduser().absolute() if place.endswith(".py") else _module_path(place)
     if not _FILE_NAME.fullmatch(path.name):
         raise BadRequestError(f"--network {named!r:.200}: name the file of a Python module, such as mynet.py")
-    try:
-        own = OwnNetwork(path, class_name, path.read_bytes())
-    except OSError as error:
-        if not sha256:
-            raise MissingInputError(f"--network {place}: {error.strerror}") from None
-        store, key = open_store(bucket_uri), _KEY.format(sha256)
-        try:
-            own = OwnNetwork(path, class_name, store.read(key).data)
-        except ObjectMissingError:
-            raise MissingInputError(f"{store.uri_of(key)} is gone: submit the job again") from None
-    if sha256 and own.sha256 != sha256:
-        raise BadDataError(f"--network {path.name}: the file has another hash than the job: submit it again")
+    # A file of that name beside a job may have changed since.
+    own = OwnNetwork(path, class_name, _of_job(sha256, bucket_uri) if sha256 else _read(place, path))
     _here[own.sha256] = own
     return own
+
+
+def _read(place: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MissingInputError(f"--network {place}: {error.strerror}") from None
+
+
+def _of_job(sha256: str, bucket_uri: str) -> bytes:
+    """Returns the file of a job's network, which has this hash."""
+    store, key = open_store(bucket_uri), _KEY.format(sha256)
+    try:
+        text = store.read(key).data
+    except ObjectMissingError:
+        raise MissingInputError(f"{store.uri_of(key)} is gone: submit the job again") from None
+    if hashlib.sha256(text).hexdigest() != sha256:
+        raise BadDataError(f"{store.uri_of(key)} has another hash than its name: delete it, and submit the job again")
+    return text
 
 
 def name_of(network: type[nn.Module]) -> str:

@@ -14,6 +14,7 @@ import sys
 import termios
 import threading
 import time
+from codecs import getincrementaldecoder
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -100,11 +101,13 @@ class _Shown:
 
     def __init__(self) -> None:
         self.lines, self.error, self._unfinished = deque[str](maxlen=_TAIL_LINES), list[str](), ""
+        # A read may end within a letter.
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
         self._is_notebook = in_notebook()
 
     def add(self, data: bytes) -> None:
         """Takes output."""
-        text = self._unfinished + data.decode(errors="replace").replace("\r\n", "\n")
+        text = self._unfinished + self._decoder.decode(data).replace("\r\n", "\n")
         *lines, self._unfinished = text.split("\n")
         for line in lines:
             plain = _ESCAPES.sub("", line).rpartition("\r")[2]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ddpm as method
 import job
+from ddpm.networks.adapter import GIVEN
+from ddpm.objective import Condition
 from job import own_code
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
+CHECKOUT = Path(__file__).parents[2]
 NET = """
 import torch
 from torch import nn
@@ -133,6 +138,22 @@ def test_refusals(bucket, file, change, named, more, code, said):
     assert said in refused(ddpm_here("train", *words, *(("--network", named) if named else ()), *small(), *more), code)
 
 
+def test_the_names_of_inputs_are_those_of_the_method():
+    """The command line knows them without PyTorch."""
+    assert (GIVEN, Condition._fields) == (own_code._GIVEN, own_code._INPUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_networks_of_the_page_train(bucket, file, number):
+    text = re.findall("```python\n(.*?)```", (CHECKOUT / "docs/own-network.md").read_text(), re.DOTALL)[number]
+    file.write_text(text)
+    name = re.search(r"class (\w+)", text)[1]
+    words = ("--dataset", "tiles", "--run", "own", "--bucket", bucket, "--network", f"mynet.py:{name}", "--epochs", 1)
+    succeeded(ddpm_here("train", *words, *small(checkpoint__every_epochs=1)))
+    assert len(job.load(f"{bucket}/runs/own", network=f"mynet.py:{name}").sample(2, steps=2)) == 2
+
+
 def test_a_job_executes_the_file_that_its_words_name(bucket, file):
     words = ("train", "--dataset", "tiles", "--run", "own", "--bucket", bucket, "--epochs", 1, *small())
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -141,9 +162,12 @@ def test_a_job_executes_the_file_that_its_words_name(bucket, file):
     assert not (bucket / "networks").exists()
     succeeded(ddpm(*submitted))
     assert (bucket / f"networks/{sha256}.py").read_bytes() == file.read_bytes()
-    file.unlink()
+    # The job takes the file that was submitted, not what lies there now.
+    file.write_text("raise SystemExit")
     again = ("train", *words[1 : -len(small())], "--network", f"mynet.py:Net@{sha256}")
     assert "is finished already" in succeeded(ddpm_here(*again))
     own_code._here.clear()
     (bucket / f"networks/{sha256}.py").write_text("raise SystemExit")
-    assert "the file has another hash than the job" in refused(ddpm_here(*again), Exit.BAD_DATA)
+    assert "has another hash than its name: delete it, and submit the job again" in refused(
+        ddpm_here(*again), Exit.BAD_DATA
+    )
