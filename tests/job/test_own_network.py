@@ -86,6 +86,8 @@ def test_its_way_from_training_to_an_export(bucket, file, monkeypatch):
     succeeded(ddpm_here("replay", "own", "--image", 600, "--verify", "--bucket", bucket, *named))
     succeeded(ddpm_here("train", *words[:3], "child", *words[4:], *named, "--from", "own", "--epochs", 1, *small()))
     assert (bucket / "runs/child/network.py").exists()
+    page = (run / "report.html").read_text()
+    assert ": Net of " in page and "network.width" in page
     assert "all as they were written" in succeeded(ddpm_here("runs", "verify", "own", "--bucket", bucket))
     own_code._here.clear()
     (ours,) = job.load(str(run), network="mynet.py:Net").sample(1, seed=3, steps=4)
