@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.job.jobs.google_server import GoogleServer, google_server
-from tests.job.jobs.kubernetes_server import Cluster, kubernetes_server
+from tests.job.jobs.google_server import GoogleServer
+from tests.job.jobs.kubernetes_server import Cluster
 from tests.job.jobs.submitting import TARGETS
 
 Patch = pytest.MonkeyPatch
@@ -20,7 +20,7 @@ def cloud(monkeypatch: Patch) -> Iterator[GoogleServer]:
     """Google's APIs on this machine, which all clients of this process and its children find."""
     from job.jobs.backends import google
 
-    with google_server() as server:
+    with GoogleServer().running() as server:
         for api in ("COMPUTE", "BATCH", "LOGGING", "IAM"):
             # gcloud's own values end with a path.
             path = "compute/v1/" if api == "COMPUTE" else ""
@@ -39,7 +39,7 @@ def server(tmp_path: Path, monkeypatch: Patch) -> Iterator[Cluster]:
     limits = {"GONE_POLL_SECONDS": 0.02, "API_RETRIES": 3, "API_RETRY_SECONDS": 0.01, "PODS_POLL_SECONDS": 0.05}
     for name, limit in limits.items():
         monkeypatch.setattr(kubernetes, name, limit)
-    with kubernetes_server() as running:
+    with Cluster().running() as running:
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(running.kubeconfig()))
         monkeypatch.setenv("KUBECONFIG", str(path))

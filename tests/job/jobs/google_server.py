@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from typing import Any
@@ -17,15 +16,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.protobuf import json_format
 
-from tests.job.answering import JsonHandler, serving
+from tests.job.jobs.api import Api, Refusal
 
 Json = dict[str, Any]
 TOKEN = "token-of-the-machine"
 PROJECT = "my-project"
-
-
-class Refusal(Exception):
-    """A status, a message and a reason (cloud.google.com/apis/design/errors, and Compute Engine's older form of it)."""
 
 
 def parsed(body: Any, message_type: str) -> Any:
@@ -236,11 +231,11 @@ def _matches(entry: Json, filter_: str) -> bool:
     return bool(eval(expression.replace("AND", "and").replace("OR", "or")))
 
 
-class GoogleServer:
+class GoogleServer(Api):
     """The services, and ways to have them answer with errors."""
 
     def __init__(self) -> None:
-        self.url = ""
+        super().__init__()
         self.compute, self.batch, self.logging = Compute(), Batch(), Logging()
         self.accounts = {f"ddpm-job@{PROJECT}.iam.gserviceaccount.com"}
         self.metadata = {
@@ -250,10 +245,6 @@ class GoogleServer:
             "instance/service-accounts/default/token": json.dumps({"access_token": TOKEN, "expires_in": 3599}),
         }
         """What a VM asks about itself."""
-        self.requests: list[str] = []
-        """Method and path of each request, in order."""
-        self.refusals: list[Refusal] = []
-        """What the next requests to APIs are answered with."""
         self.denied: dict[str, Refusal] = {}
         """What requests are answered with whose method and path match the pattern."""
         self.lost_answers = 0
@@ -270,9 +261,7 @@ class GoogleServer:
         if path.startswith("/computeMetadata/v1/"):
             assert headers["Metadata-Flavor"] == "Google"
             return self.metadata[path.removeprefix("/computeMetadata/v1/")]
-        self.requests.append(f"{method} {path}")
-        if self.refusals:
-            raise self.refusals.pop(0)
+        self.note(method, url.path)
         for pattern, refusal in self.denied.items():
             if re.search(pattern, self.requests[-1]):
                 raise refusal
@@ -296,23 +285,3 @@ class GoogleServer:
             if (found := service.answer(method, path, query, body)) is not None:
                 return found
         raise Refusal(404, f"{method} {path} is not there")
-
-
-@contextmanager
-def google_server() -> Iterator[GoogleServer]:
-    """A server of the test's own, on a port of its own."""
-    google = GoogleServer()
-
-    class Handler(JsonHandler):
-        def do_GET(self) -> None:
-            try:
-                self.say(200, google.answer(self.command, self.path, self.heard(), self.headers))
-            except Refusal as refusal:
-                status, message, *reasons = refusal.args
-                errors = [{"message": message, "domain": "global", "reason": reason} for reason in reasons]
-                self.say(status, {"error": {"code": status, "message": message, "errors": errors}})
-
-        do_POST = do_DELETE = do_GET
-
-    with serving(Handler) as google.url:
-        yield google

@@ -10,14 +10,12 @@ import copy
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.job.answering import JsonHandler, serving
 from tests.job.jobs.admission import refusals, schema_problems
+from tests.job.jobs.api import Api, Refusal
 
 Object = dict[str, Any]
 SERVED = {
@@ -27,35 +25,22 @@ SERVED = {
     "kueue.x-k8s.io/v1beta2": ("localqueues", "workloads"),
     "authorization.k8s.io/v1": ("selfsubjectaccessreviews",),
 }
-KINDS = {"jobs": "Job", "jobsets": "JobSet"}
-_PATH = re.compile(
-    r"/apis?/(?P<api>v1|[^/]+/[^/]+)(/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)(/(?P<name>[^/]+))?(?P<log>/log)?"
-)
+_PATH = re.compile(r"/apis?/(v1|[^/]+/[^/]+)(?:/namespaces/([^/]+))?/([a-z]+)(?:/([^/]+))?(/log)?")
 _INDEX = "batch.kubernetes.io/job-completion-index"
 
 
-class Refusal(Exception):
-    """A code, and the message of a Status with an error."""
-
-
-class Cluster:
+class Cluster(Api):
     """What the API holds and was asked."""
 
     def __init__(self) -> None:
-        self.url = ""
+        super().__init__()
         self.served = dict(SERVED)
         """Resources by group and version; what is taken out is not installed."""
         self.namespaces = {"default", "training"}
-        self.requests: list[tuple[str, str]] = []
-        """Method and path of all requests."""
         self.bodies: list[Object] = []
-        """What was posted, as it came."""
-        self.tokens = ["right"]
-        """Those that are known."""
+        """Jobs that were posted, as they came."""
         self.forbidden: set[tuple[str, str]] = set()
         """Verb and resource that are not allowed, such as `("create", "jobs")`."""
-        self.faults: list[tuple[str, Callable[[_Handler], object]]] = []
-        """A method, and what answers its next request instead; each is used once."""
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
         self._silent: set[str] = set()
@@ -78,12 +63,44 @@ class Cluster:
 
     # What the API does.
 
+    def answer(self, method: str, target: str, body: Any, headers: Any) -> Any:
+        url = urlsplit(target)
+        self.note(method, target)
+        if headers.get("Authorization") != "Bearer right":
+            raise Refusal(401, "Unauthorized")
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        if not (match := _PATH.fullmatch(url.path)):
+            # What is asked before a kind is used that may not be installed.
+            if (api := url.path.removeprefix("/apis/")) in self.served:
+                return {"groupVersion": api, "resources": [{"name": name} for name in self.served[api]]}
+            raise Refusal(404, "the server could not find the requested resource")
+        api, namespace, plural, name, log = match.groups()
+        verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[method]
+        resource = f"{plural}{log or ''}"
+        if (verb, resource) in self.forbidden:
+            raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
+        # A right is judged before its resource is looked for.
+        if plural not in self.served.get(api, ()):
+            raise Refusal(404, "the server could not find the requested resource")
+        if log:
+            assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
+            return self.log(namespace, name, float(query.get("sinceSeconds", 1e9)))
+        if verb == "create":
+            return self.create(namespace, plural, body)
+        if verb == "delete":
+            return self.delete(namespace, plural, name, body)
+        if verb == "get":
+            return self.get(plural, name, namespace)
+        selectors = {key: value for key, value in query.items() if key.endswith("Selector")}
+        return {"items": self.list(plural, namespace, **selectors)}
+
     def create(self, namespace: str, plural: str, body: Object) -> Object:
         """Stores an object, with what the server adds to it."""
         if plural == "selfsubjectaccessreviews":
             about = body["spec"]["resourceAttributes"]
             resource = "/".join(filter(None, (about["resource"], about["subresource"])))
             return {**body, "status": {"allowed": (about["verb"], resource) not in self.forbidden}}
+        self.bodies.append(body)
         key = (namespace, plural, body["metadata"]["name"])
         if namespace not in self.namespaces:
             raise Refusal(404, f'namespaces "{namespace}" not found')
@@ -199,10 +216,6 @@ class Cluster:
         """A node throws the first lines of a long output away."""
         del self._lines[pod][:count]
 
-    def answer_next(self, code: int, times: int = 1, method: str = "GET", message: str = "the test says {}") -> None:
-        """Has the next `times` requests of that method answered with an error."""
-        self.faults += [(method, lambda handler: handler.say(code, {"message": message.format(code)}))] * times
-
     # What both need.
 
     def _now(self) -> str:
@@ -226,77 +239,6 @@ class Cluster:
                 del self._objects[key]
 
 
-class _Handler(JsonHandler):
-    cluster: Cluster
-
-    def do_GET(self) -> None:
-        self.body, cluster = self.heard(), self.cluster
-        cluster.requests.append((self.command, self.path))
-        with suppress(BrokenPipeError, ConnectionResetError):
-            if cluster.faults and cluster.faults[0][0] == self.command:
-                cluster.faults.pop(0)[1](self)
-                return
-            try:
-                self.serve()
-            except Refusal as refusal:
-                code, message = refusal.args
-                self.say(code, {"kind": "Status", "code": code, "message": message})
-
-    do_POST = do_DELETE = do_GET
-
-    def serve(self) -> None:
-        """Answers as the API server would."""
-        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.cluster.tokens:
-            raise Refusal(401, "Unauthorized")
-        url = urlsplit(self.path)
-        match = _PATH.fullmatch(url.path)
-        if match is None:
-            self.say(200, self._discovered(url.path))
-        else:
-            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            self._dispatch(query, **match.groupdict())
-
-    def _discovered(self, path: str) -> Object:
-        """What kubectl asks first (kubernetes.io/docs/concepts/overview/kubernetes-api, discovery, unaggregated)."""
-        if path == "/api":
-            return {"kind": "APIVersions", "versions": ["v1"]}
-        if path == "/apis":
-            pairs = [api.split("/") for api in self.cluster.served if "/" in api]
-            versions = [(name, {"groupVersion": f"{name}/{version}", "version": version}) for name, version in pairs]
-            groups = [{"name": name, "versions": [version]} for name, version in versions]
-            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
-        api, common = path.removeprefix("/apis/").removeprefix("/api/"), {"namespaced": True, "verbs": ["create"]}
-        if api not in self.cluster.served:
-            raise Refusal(404, "the server could not find the requested resource")
-        found = [{"name": name, "kind": KINDS.get(name, name), **common} for name in self.cluster.served[api]]
-        return {"kind": "APIResourceList", "groupVersion": api, "resources": found}
-
-    def _dispatch(self, query: dict[str, str], api: str, namespace: str, plural: str, name: str, log: str) -> None:
-        cluster = self.cluster
-        verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[self.command]
-        resource = f"{plural}{log or ''}"
-        if (verb, resource) in cluster.forbidden:
-            raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
-        # A right is judged before its resource is looked for.
-        if plural not in cluster.served.get(api, ()):
-            raise Refusal(404, "the server could not find the requested resource")
-        if log:
-            assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
-            self.say(200, cluster.log(namespace, name, float(query.get("sinceSeconds", 1e9))))
-            return
-        if verb == "create":
-            cluster.bodies += [self.body] if plural in KINDS else []
-            answer = cluster.create(namespace, plural, self.body)
-        elif verb == "delete":
-            answer = cluster.delete(namespace, plural, name, self.body)
-        elif verb == "get":
-            answer = cluster.get(plural, name, namespace)
-        else:
-            selectors = {key: value for key, value in query.items() if key.endswith("Selector")}
-            answer = {"items": cluster.list(plural, namespace, **selectors)}
-        self.say(200, answer)
-
-
 def _owners(thing: Object) -> list[str]:
     return [owner["uid"] for owner in thing["metadata"].get("ownerReferences", [])]
 
@@ -306,14 +248,3 @@ def _value(thing: Object, name: str) -> Any:
     if name == "involvedObject.name":
         return thing["involvedObject"]["name"]
     return thing["metadata"].get("labels", {}).get(name)
-
-
-@contextmanager
-def kubernetes_server() -> Iterator[Cluster]:
-    """A cluster's API, for as long as the block lasts."""
-
-    class Handler(_Handler):
-        cluster = Cluster()
-
-    with serving(Handler) as Handler.cluster.url:
-        yield Handler.cluster

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 import yaml
 
@@ -105,9 +106,28 @@ def told(backend: Target, name: str) -> JobStatus:
     return alive.with_outcome(alive.bucket or backend.usual_bucket)
 
 
+def raises(error: type[Exception], said: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
+    """What is called raises this error, with a message in which the pattern is found."""
+    with pytest.raises(error, match=said):
+        call(*given, **named)
+
+
 def assert_kept(name: str, made: str) -> None:
     """Output is what a file beside the tests holds."""
     path = GOLDEN / name
     if os.environ.get(REWRITE):
         path.write_text(made)
     assert path.read_text() == made, f"{REWRITE}=1 writes {path} anew, if that is meant"
+
+
+def assert_rows(name: str, told: Callable[[dict[str, Any]], Any]) -> None:
+    """Each row of such a file says what is given, and then what is told of it; comments say which fault it prevents."""
+    made = ""
+    for row in re.split(r"(?m)^(?=[-#])", (GOLDEN / name).read_text())[1:]:
+        made += row.partition("  told:")[0]
+        for given in yaml.safe_load(row) or ():
+            flow = yaml.safe_dump(
+                {"told": told(given)}, default_flow_style=True, width=100, sort_keys=False, allow_unicode=True
+            )
+            made += "  " + flow[1:-2].replace("\n", "\n  ") + "\n"
+    assert_kept(name, made)

@@ -12,7 +12,7 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, Restart, State
 from job.jobs.backends import Cause, NoCapacityError, google
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.jobs.google_server import Refusal
+from tests.job.jobs.api import Refusal
 from tests.job.jobs.submitting import REGIONS, ZONES, sampling, spec, target
 
 NAME, SLICED = "train-celeba", "sample-celeba"
@@ -101,8 +101,8 @@ def test_refusals_become_errors(cloud, vm, refusal, error, words):
 
 
 def test_busy_apis_are_asked_again(cloud, vm):
-    for refusal in (Refusal(429, "Quota exceeded for 'Queries'"), Refusal(403, "Limit", "rateLimitExceeded")):
-        cloud.refusals = [refusal] * 2
+    for refusal in ((429, "Quota exceeded for 'Queries'"), (403, "Limit", "rateLimitExceeded")):
+        cloud.refuse_next(*refusal, times=2)
         assert vm.alive(NAME).state is State.GONE
     cloud.requests.clear()
     cloud.denied["GET"] = Refusal(503, "The service is currently unavailable.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from job.exits import (
 from job.jobs.backends import Cause, kubernetes
 from job.jobs.backends.kubernetes import KubernetesTarget
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
-from tests.job.jobs.submitting import GKE, sampling, spec, target
+from tests.job.jobs.submitting import GKE, raises, sampling, spec, target
 from tests.job.launching import eventually
 
 NAME = "train-celeba"
@@ -43,30 +44,44 @@ def backend(server):
     return target()
 
 
-@pytest.fixture
-def queued(server):
-    """A target with a queue that is there."""
-    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
-    return target("queued")
-
-
 def elsewhere(server, tmp_path, port):
     """The kubeconfig leads to another server."""
     text = yaml.safe_dump(server.kubeconfig()).replace(server.url, f"http://127.0.0.1:{port}")
     (tmp_path / "kubeconfig").write_text(text)
 
 
-def test_dry_runs_print_what_is_sent(server, backend):
-    jobs = [spec(), spec("train-b", nodes=2), sampling()]
-    for job in jobs:
-        backend.submit(job)
-    assert server.bodies == [made for job in jobs for made in backend.render(job)]
-    assert all("fieldValidation=Strict" in path for method, path in server.requests if method == "POST")
-    # Others are not listed.
-    server.add("jobs", {"metadata": {"name": "other", "labels": {"app": "web"}}, "spec": {}})
-    server.start_pod("train-b", plural="jobsets")
-    found = {status.name: status.state for status in backend.jobs()}
-    assert found == {jobs[2].name: State.WAITING, "train-b": State.RUNNING, NAME: State.WAITING}
+@pytest.fixture
+def gke(server, targets_folder):
+    """A cluster, and a working folder with targets for it."""
+    blocks = {"gke": GKE, "gke-big": GKE | {"gpus": 8, "context": "test"}, "other": GKE | {"namespace": "training"}}
+    (targets_folder / "targets.yaml").write_text(yaml.safe_dump(blocks))
+    return server
+
+
+@pytest.mark.parametrize("options", [(), ("--nodes", "2")], ids=["job", "group"])
+def test_dry_runs_print_what_is_sent(gke, options):
+    printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
+    assert not gke.requests
+    succeeded(ddpm_here(*TRAIN, "--yes", *options))
+    assert all("fieldValidation=Strict" in request for request in gke.requests if request.startswith("POST"))
+    # As kubectl reads it, which a person pipes it into.
+    words = [KUBECTL, "label", "--local", "--filename=-", "--output=json", "app=ddpm"]
+    read = subprocess.run(words, input=printed, env=environment(), capture_output=True, text=True, check=True)
+    assert [json.loads(read.stdout)] == gke.bodies
+
+
+def test_names_are_unique_per_namespace(gke, targets_folder):
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    gke.print(gke.start_pod(NAME), "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 1
+    lines = succeeded(ddpm_here("jobs", "status", NAME, "--bucket", targets_folder)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == [f"job         {NAME}, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", NAME)) == "epoch 1\n"
+    succeeded(ddpm_here(*TRAIN[:-1], "other", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 2
+    line = refused(ddpm_here("jobs", "cancel", NAME), Exit.BAD_REQUEST)
+    assert "on several targets (gke, other): choose one with --on" in line
+    succeeded(ddpm_here("jobs", "cancel", NAME, "--on", "gke"))
 
 
 @both
@@ -105,16 +120,14 @@ def test_queue_must_exist_before_the_job(server):
     # Who may not see queues may still submit.
     server.forbidden = {("get", "localqueues")}
     backend.submit(spec())
-    server.forbidden = set()
-    said = r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
+    server.forbidden.clear()
     for installed in ("v1beta2", "v1beta1"):
-        with pytest.raises(MissingInputError, match=said):
-            backend.submit(spec(f"train-{installed}"))
+        said = r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
+        raises(MissingInputError, said, backend.submit, spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
         backend.submit(spec(f"train-{installed}"))
         assert backend.alive(f"train-{installed}").message == "waits in the queue 'gpus'"
-        kept = server.served.pop(f"kueue.x-k8s.io/{installed}")
-        server.served |= {"kueue.x-k8s.io/v1beta1": kept} if installed == "v1beta2" else {}
+        server.served["kueue.x-k8s.io/v1beta1"] = server.served.pop(f"kueue.x-k8s.io/{installed}")
         server.remove("localqueues", "gpus", "training")
 
 
@@ -123,24 +136,33 @@ def test_missing_jobsets_are_named(server, backend, forbidden):
     del server.served["jobset.x-k8s.io/v1alpha2"]
     server.forbidden = {(verb, "jobsets") for verb in forbidden}
     said = r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
-    with pytest.raises(MissingInputError, match=said):
-        backend.submit(spec(nodes=2))
+    raises(MissingInputError, said, backend.submit, spec(nodes=2))
     assert not server.bodies
     backend.submit(spec())
     assert [status.state for status in backend.jobs()] == [State.WAITING]
 
 
+def test_only_needed_rights_are_used(server, backend):
+    server.forbidden = {(verb, resource) for verb in VERBS for resource in ("jobsets", "workloads")}
+    backend.submit(spec())
+    server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
+    assert [status.state for status in backend.jobs()] == [backend.alive(NAME).state] == [State.WAITING]
+    backend.cancel(NAME)
+    eventually(lambda: backend.alive(NAME).state is State.GONE)
+    said = r"cannot create resource .jobsets.*jobs need get, list, create"
+    raises(NoPermissionError, said, backend.submit, spec(nodes=2))
+
+
 def test_living_jobs_are_not_submitted_twice(server, backend):
-    def lose(handler):
+    def lose():
         server.create("default", "jobs", backend.render(spec())[0])
-        handler.close_connection = True
+        raise ConnectionResetError
 
     # Nor is one whose first answer was lost.
     server.faults.append(("POST", lose))
     said = r"train-celeba runs in namespace 'default' already.*jobs cancel train-celeba"
     for job in (spec(), spec(), spec(nodes=2)):
-        with pytest.raises(BadRequestError, match=said):
-            backend.submit(job)
+        raises(BadRequestError, said, backend.submit, job)
     assert server.names("jobs", "jobsets") == [NAME]
     for how, code in (("Complete", 0), ("Failed", 78)):
         server.end_pod(server.start_pod(NAME), code)
@@ -165,8 +187,7 @@ def test_cancelling_ends_the_pods(server, backend, job, plural):
     eventually(lambda: backend.alive(NAME).state is State.GONE)
     # By which a watch knows that somebody deleted it.
     assert backend.keeps_ended
-    with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
-        backend.cancel(NAME)
+    raises(MissingInputError, "'gke' knows no job 'train-celeba'", backend.cancel, NAME)
 
 
 @both
@@ -179,11 +200,9 @@ def test_dead_nodes_are_named(server, backend, job, plural, monkeypatch):
     server.kill_kubelet("node-0")
     for status in (backend.alive(NAME), *backend.jobs()):
         assert (status.state, status.place) == (State.WAITING, f"node-{job.nodes - 1}") and told in status.message
-    with pytest.raises(MissingInputError, match=told):
-        list(backend.logs(NAME, follow=True))
+    raises(MissingInputError, told, list, backend.logs(NAME, follow=True))
     backend.cancel(NAME)
-    with pytest.raises(BadRequestError, match=f"old job 'train-celeba' in namespace 'default' does not end: {told}"):
-        backend.submit(job)
+    raises(BadRequestError, f"old job 'train-celeba' in namespace 'default' does not end: {told}", backend.submit, job)
     server.delete_node("node-0")
     assert pods[0] not in server.names("pods")
     monkeypatch.undo()
@@ -191,87 +210,71 @@ def test_dead_nodes_are_named(server, backend, job, plural, monkeypatch):
 
 
 def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
-    made = backend.render(spec())
-    (group,) = backend.render(spec(nodes=2))
-    with pytest.raises(MissingInputError, match=r'namespaces "nowhere" not found: `kubectl create` it, or set'):
-        target(namespace="nowhere").submit(spec())
-    made[0]["spec"]["template"]["spec"]["restartPolicie"] = "Never"
-    monkeypatch.setattr(KubernetesTarget, "render", lambda self, job: made)
-    with pytest.raises(BadRequestError, match=r"refuses it .400.: strict decoding error.*restartPolicie"):
-        backend.submit(spec())
-    made = [group]
+    ((job,), (group,)), nowhere = map(backend.render, (spec(), spec(nodes=2))), target(namespace="nowhere")
+    raises(MissingInputError, r'namespaces "nowhere" not found: `kubectl create` it, or set', nowhere.submit, spec())
+    job["spec"]["template"]["spec"]["restartPolicie"] = "Never"
     group["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
-    with pytest.raises(BadRequestError, match=r"refuses it .403.: admission webhook .* names of failure rules$"):
-        backend.submit(spec(nodes=2))
+    for made, said in (
+        (job, r"refuses it .400.: strict decoding error.*restartPolicie"),
+        (group, r"refuses it .403.: admission webhook .* names of failure rules$"),
+    ):
+        monkeypatch.setattr(KubernetesTarget, "render", lambda self, job, made=made: [made])
+        raises(BadRequestError, said, backend.submit, spec(nodes=1 + (made is group)))
     assert not server.names("jobs", "jobsets")
-
-
-def test_only_needed_rights_are_used(server, backend):
-    server.forbidden = {(verb, resource) for verb in VERBS for resource in ("jobsets", "workloads")}
-    backend.submit(spec())
-    server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
-    assert [status.state for status in backend.jobs()] == [backend.alive(NAME).state] == [State.WAITING]
-    backend.cancel(NAME)
-    eventually(lambda: backend.alive(NAME).state is State.GONE)
-    with pytest.raises(NoPermissionError, match=r"cannot create resource .jobsets.*jobs need get, list, create"):
-        backend.submit(spec(nodes=2))
 
 
 def test_busy_api_is_asked_again(server, backend, tmp_path):
     for code in (429, 503):
-        server.answer_next(code, times=2)
-        server.answer_next(code, times=2, method="POST")
+        for method in ("GET", "POST"):
+            server.refuse_next(code, "try again", times=2, method=method)
         backend.submit(spec(f"train-{code}"))
     assert len(server.names("jobs")) == 2
-    server.answer_next(429, times=99)
-    with pytest.raises(BucketAwayError, match=r"answers 429: the test says 429"):
-        backend.alive(NAME)
-    server.faults.clear()
+    server.refuse_next(429, "the test says 429", times=4)
+    raises(BucketAwayError, "answers 429: the test says 429", backend.alive, NAME)
+    assert not server.faults
     said = 'Internal error occurred: failed calling webhook "mjob.kb.io": Post "https://kueue-webhook-service": {}'
     for code in (500, 503):
-        server.answer_next(code, times=4, method="POST", message=said)
-        with pytest.raises(BucketAwayError, match=rf"answers {code}: Internal .*: {code}: the pods of this webhook's"):
-            backend.submit(spec())
+        server.refuse_next(code, said.format(code), times=4, method="POST")
+        told = rf"answers {code}: Internal .*: {code}: the pods of this webhook's"
+        raises(BucketAwayError, told, backend.submit, spec())
     elsewhere(server, tmp_path, 9)
-    with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
-        target().submit(spec())
+    raises(BucketAwayError, "127.0.0.1:9, does not answer", target().submit, spec())
 
 
 UNUSABLE = "^the kubeconfig .* cannot be used: [^\n]+$"
-WRONG = [
-    (text, "", BadConfigError, UNUSABLE) for text in ("", "a: [", "- a", "just words", "contexts: 5", "{}", "\x00")
-]
-WRONG += [
-    ({}, "prod", BadConfigError, r"kubeconfig cannot be used: .* name prod in .*contexts.* `context:` of the"),
-    ({"current-context": ""}, "", BadConfigError, "kubeconfig"),
-    ({"users": [{"name": "somebody", "user": {"token": "two\nl"}}]}, "", BadConfigError, "a token that is not valid$"),
-    ({"users": [{"name": "somebody", "user": {"token": "wrong"}}]}, "", NoPermissionError, "sign in again"),
-]
+NO_CONTEXT = r"kubeconfig cannot be used: .* name prod in .*contexts.* `context:` of the"
 
 
-@pytest.mark.parametrize(("content", "context", "error", "said"), WRONG)
-def test_wrong_kubeconfigs_are_refused(server, tmp_path, monkeypatch, content, context, error, said):
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        *((text, BadConfigError, UNUSABLE) for text in ("", "a: [", "- a", "just words", "contexts: 5", "{}", "\x00")),
+        ({"current-context": "prod"}, BadConfigError, NO_CONTEXT),
+        ({"current-context": ""}, BadConfigError, "kubeconfig"),
+        ({"users": [{"name": "somebody", "user": {"token": "two\nl"}}]}, BadConfigError, "a token that is not valid$"),
+        ({"users": [{"name": "somebody", "user": {"token": "wrong"}}]}, NoPermissionError, "sign in again"),
+    ],
+)
+def test_wrong_kubeconfigs_are_refused(server, tmp_path, monkeypatch, content, error, said):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     path, usual = tmp_path / "kubeconfig", server.kubeconfig()
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(usual | content))
-    with pytest.raises(error, match=said):
-        target(context=context).jobs()
+    context = "prod" if said == NO_CONTEXT else ""
+    raises(error, said, target(context=context).jobs)
     path.unlink()
-    with pytest.raises(MissingInputError, match=r"the kubeconfig .* is missing: .*get-credentials"):
-        target().jobs()
+    raises(MissingInputError, r"the kubeconfig .* is missing: .*get-credentials", target().jobs)
 
 
 def doctor(keys="gke"):
     return {check.name: check for check in target(keys).checks("")}
 
 
-def test_doctor_finds_what_a_job_misses(server):
+def test_doctor_finds_what_a_job_misses(server, monkeypatch, tmp_path):
     server.add("serviceaccounts", {"metadata": {"name": "ddpm"}})
     found = doctor()
-    assert list(found) == ["cluster", "service account", "queue"]
-    assert [name for name, check in found.items() if not check.passed] == []
-    server.answer_next(503)
+    assert list(found) == ["cluster", "service account", "queue"] and all(check.passed for check in found.values())
+    server.refuse_next(503, "busy", method="GET")
     assert [name for name, check in doctor().items() if not check.passed] == ["service account"]
     server.forbidden = {("get", "serviceaccounts")}
     account = doctor()["service account"]
@@ -281,17 +284,13 @@ def test_doctor_finds_what_a_job_misses(server):
     assert 'serviceaccounts "ddpm" not found' in found["service account"].message
     assert "namespace 'training'" in found["service account"].message
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
-
-
-def test_doctor_names_an_unusable_cluster(server, monkeypatch, tmp_path):
     # What `ddpm jobs` needs.
     for verb, resource in (("get", "pods/log"), ("list", "pods"), ("get", "jobs"), ("list", "jobs")):
         server.forbidden = {(verb, resource)}
         (check,) = doctor().values()
         assert (check.passed, check.exit_code) == (False, Exit.NO_PERMISSION)
         assert f"you may not {verb} {resource} in namespace 'default'" in check.message
-    server.forbidden = set()
-    server.answer_next(503, times=2, method="POST")
+    server.refuse_next(503, "busy", times=2, method="POST")
     (check,) = doctor().values()
     assert (check.name, check.passed, check.exit_code) == ("cluster", False, Exit.BUCKET_AWAY)
     assert len(server.faults) == 1, "somebody waits: it is asked once"
@@ -314,49 +313,51 @@ def test_used_hours_are_found(server, backend):
 
 
 @both
-def test_workloads_show_what_queues_do(server, queued, job, plural):
-    def holds(uid, active, **condition):
-        thing = {"metadata": {"name": NAME, "labels": {"kueue.x-k8s.io/job-uid": uid}}, "spec": {"active": active}}
-        server.add("workloads", {**thing, "status": {"conditions": [condition]}}, "training")
-
+def test_workloads_show_what_queues_do(server, job, plural):
     def uid():
         return server.get(plural, NAME, "training")["metadata"]["uid"]
 
-    said = "insufficient quota for nvidia.com/gpu in flavor gpu-spot, request > maximum capacity (8 > 4)"
-    late = "The workload is deactivated due to exceeding the maximum execution time"
-    over = {"active": False, "type": "Evicted", "status": "True", "message": late}
+    def holds(active, kind, **condition):
+        thing = {"metadata": {"name": NAME, "labels": {"kueue.x-k8s.io/job-uid": uid()}}, "spec": {"active": active}}
+        server.add("workloads", {**thing, "status": {"conditions": [{"type": kind, **condition}]}}, "training")
+
+    def runs_out():
+        late = "The workload is deactivated due to exceeding the maximum execution time"
+        holds(False, "Evicted", status="True", message=late)
+
+    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    queued = target("queued")
     queued.submit(job)
-    first = uid()
-    holds(first, True, type="QuotaReserved", status="False", reason="Pending", message=said)
+    first, said = uid(), "insufficient quota for nvidia.com/gpu in flavor gpu-spot, request > maximum capacity (8 > 4)"
+    holds(True, "QuotaReserved", status="False", reason="Pending", message=said)
     (found,) = queued.jobs()
     assert found == queued.alive(NAME)
     assert found.state is State.WAITING and f"Pending: {said}" in found.message
-    with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
-        queued.submit(job)
+    raises(BadRequestError, "runs in namespace 'training' already", queued.submit, job)
     # One that the queue ended for its hours makes room.
-    holds(first, **over)
+    runs_out()
     assert queued.alive(NAME).cause is Cause.OUT_OF_TIME
     queued.submit(job)
     assert uid() != first and queued.alive(NAME).state is State.WAITING
-    holds(uid(), **over)
+    runs_out()
     assert queued.cancel(NAME).startswith("was failed already")
 
 
-class Followed:
-    """A thread that follows a job, as `ddpm jobs logs -f` does."""
+@pytest.fixture
+def followed(backend):
+    """Follows a job in a thread, as `ddpm jobs logs -f` does; gives a function that waits until lines have come."""
 
-    def __init__(self, backend, name=NAME):
-        self.lines = []
-        self._thread = threading.Thread(target=lambda: self.lines.extend(backend.logs(name, follow=True)), daemon=True)
-        self._thread.start()
+    def followed(name=NAME):
+        lines = []
+        thread = threading.Thread(target=lambda: lines.extend(backend.logs(name, follow=True)), daemon=True)
+        thread.start()
 
-    def wait_for(self, *lines):
-        eventually(lambda: self.lines == list(lines))
+        def wait_for(*expected, ends=False):
+            eventually(lambda: lines == [*expected] and not (ends and thread.is_alive()))
 
-    def ended(self):
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-        return self.lines
+        return wait_for
+
+    return followed
 
 
 def past(backend, name=NAME):
@@ -364,17 +365,14 @@ def past(backend, name=NAME):
 
 
 def test_what_was_printed_until_now(server, backend):
-    with pytest.raises(MissingInputError, match="no job 'train-celeba'"):
-        past(backend)
+    raises(MissingInputError, "no job 'train-celeba'", past, backend)
     backend.submit(spec())
-    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
-        past(backend)
+    raises(MissingInputError, "has no output, or it is gone", past, backend)
     first = server.start_pod(NAME, waiting={"reason": "ContainerCreating"})
-    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
-        past(backend)
+    raises(MissingInputError, "has no output, or it is gone", past, backend)
     server.set_pod(first, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
-    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
-        list(backend.logs(NAME, follow=True))
+    said = "train-celeba prints nothing: ImagePullBackOff: manifest unknown"
+    raises(MissingInputError, said, list, backend.logs(NAME, follow=True))
     server.set_pod(first, running={})
     server.print(first, "one", "two  with spaces ", "")
     server.end_pod(first, 75)
@@ -382,97 +380,52 @@ def test_what_was_printed_until_now(server, backend):
     assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
 
 
-def test_following_loses_no_line(server, backend):
+def test_following_loses_no_line(server, backend, followed):
     backend.submit(spec())
-    followed = Followed(backend)
+    wait_for = followed()
     first = server.start_pod(NAME)
     # Their times end with zeros, which are left out, and without.
     lines = [f"line {number % 3}" for number in range(24)]
-    for line in lines:
-        server.print(first, line)
-    followed.wait_for(*lines)
+    server.print(first, *lines)
+    wait_for(*lines)
     # A node throws the first lines of a long output away, and the API is away for a moment.
-    server.answer_next(503, times=2)
+    server.refuse_next(503, "busy", times=2, method="GET")
     server.forget_log(first, 20)
     server.print(first, "saved")
-    followed.wait_for(*lines, "saved")
+    wait_for(*lines, "saved")
     # All is asked for once, and then what is new.
-    asked = ["sinceSeconds=" in path for _, path in server.requests if "/log" in path]
+    asked = ["sinceSeconds=" in request for request in server.requests if "/log" in request]
     assert not asked[0] and asked[-1]
     server.end_pod(first, 75)
     second = server.start_pod(NAME)
     server.print(second, "epoch 2")
-    followed.wait_for(*lines, "saved", "epoch 2")
-    # One that goes with its node.
+    wait_for(*lines, "saved", "epoch 2")
+    # One that goes with its node; and one that is cancelled is followed until it has saved.
     server.remove("pods", second)
-    third = server.start_pod(NAME)
-    server.print(third, "epoch 3", "finished")
-    server.end_pod(third, 0)
-    server.end_job(NAME, "Complete")
-    assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
+    third, server.goes_after_seconds = server.start_pod(NAME), 1.0
+    server.print(third, "epoch 3")
+    wait_for(*lines, "saved", "epoch 2", "epoch 3")
+    backend.cancel(NAME)
+    time.sleep(0.5)
+    server.print(third, "saved again")
+    wait_for(*lines, "saved", "epoch 2", "epoch 3", "saved again", ends=True)
 
 
-def test_lines_name_their_slice(server, backend):
+def test_lines_name_their_slice(server, backend, followed):
     for job, plural, done in ((sampling(slices=2), "jobs", "Complete"), (spec(nodes=2), "jobsets", "Completed")):
         backend.submit(job)
         pods = [server.start_pod(job.name, index, plural) for index in (0, 1)]
-        followed = Followed(backend, job.name)
+        wait_for = followed(job.name)
         server.print(pods[1], "first")
-        followed.wait_for("[1] first")
+        wait_for("[1] first")
         server.print(pods[0], "second")
-        followed.wait_for("[1] first", "[0] second")
+        wait_for("[1] first", "[0] second")
         for pod in pods:
             server.end_pod(pod, 0)
         server.end_job(job.name, done, plural=plural)
-        assert followed.ended() == ["[1] first", "[0] second"]
+        wait_for("[1] first", "[0] second", ends=True)
         assert past(backend, job.name) == ["[0] second", "[1] first"]
-
-
-def test_cancelled_jobs_are_followed_until_saved(server, backend):
-    server.goes_after_seconds = 1.0
-    backend.submit(spec())
-    pod = server.start_pod(NAME)
-    server.print(pod, "one")
-    followed = Followed(backend)
-    followed.wait_for("one")
-    backend.cancel(NAME)
-    time.sleep(0.5)
-    server.print(pod, "saved")
-    assert followed.ended() == ["one", "saved"]
-
-
-@pytest.fixture
-def gke(server, targets_folder):
-    """A cluster, and a working folder with targets for it."""
-    blocks = {"gke": GKE, "gke-big": GKE | {"gpus": 8, "context": "test"}, "other": GKE | {"namespace": "training"}}
-    (targets_folder / "targets.yaml").write_text(yaml.safe_dump(blocks))
-    return server
-
-
-def test_names_are_unique_per_namespace(gke, targets_folder):
-    succeeded(ddpm_here(*TRAIN, "--yes"))
-    gke.print(gke.start_pod(NAME), "epoch 1")
-    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 1
-    lines = succeeded(ddpm_here("jobs", "status", NAME, "--bucket", targets_folder)).splitlines()
-    assert [line for line in lines if line.startswith("job ")] == [f"job         {NAME}, on gke, in node-0"]
-    assert succeeded(ddpm_here("jobs", "logs", NAME)) == "epoch 1\n"
-    succeeded(ddpm_here(*TRAIN[:-1], "other", "--yes"))
-    assert succeeded(ddpm_here("jobs", "list")).count(NAME) == 2
-    line = refused(ddpm_here("jobs", "cancel", NAME), Exit.BAD_REQUEST)
-    assert "on several targets (gke, other): choose one with --on" in line
-    succeeded(ddpm_here("jobs", "cancel", NAME, "--on", "gke"))
-
-
-@pytest.mark.parametrize("options", [(), ("--nodes", "2")], ids=["job", "group"])
-def test_kubectl_sends_the_dry_run(gke, options):
-    printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
-    assert not gke.requests
-    # kubectl sends no token over a connection that is not encrypted.
-    gke.tokens.append("")
-    # The server has no OpenAPI document for kubectl; it checks what arrives itself.
-    words = [KUBECTL, "apply", "--validate=false", "-f", "-"]
-    done = subprocess.run(words, input=printed, env=environment(), capture_output=True, text=True, check=False)
-    assert "train-celeba created" in done.stdout, done.stderr
-    (sent,) = gke.bodies
-    assert list(sent["metadata"].pop("annotations")) == ["kubectl.kubernetes.io/last-applied-configuration"]
-    assert sent == yaml.safe_load(printed)
+    # Others are not listed.
+    server.add("jobs", {"metadata": {"name": "other", "labels": {"app": "web"}}, "spec": {}})
+    found = {status.name: status.state for status in backend.jobs()}
+    assert found == {sampling().name: State.FINISHED, NAME: State.FINISHED}

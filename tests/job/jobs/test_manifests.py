@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from job.jobs.submit import formatted
 from job.processes.group import Group
 from tests.job.jobs import admission
 from tests.job.jobs.google_server import parsed
-from tests.job.jobs.submitting import GOLDEN, assert_kept, sampling, spec, target
+from tests.job.jobs.submitting import GOLDEN, assert_kept, assert_rows, sampling, spec, target
 
 VERSIONS = ("1.31", "1.34", "1.37")
 """Of Kubernetes: the first where all fields are stable, one in the middle, and the newest that the schemas know."""
@@ -93,13 +94,6 @@ def test_control_planes_take_all_manifests():
             assert admission.refusals(*place.render(job)) == [], job
 
 
-def rendered(job, **keys):
-    """A Job for one machine, its pods and their container, on the cluster with these keys."""
-    (made,) = target(**keys).render(job)
-    pod = made["spec"]["template"]["spec"]
-    return made, pod, pod["containers"][0]
-
-
 def ended_by(policy, code, disrupted=False):
     """The action of the first rule that matches, and the Job's message about it (kubernetes.io, pod failure policy)."""
     for rule in policy["rules"]:
@@ -148,56 +142,18 @@ def test_exit_codes_are_retried_by_table(case):
         assert set_action(made["failurePolicy"], *taken) == "RestartJobSetAndIgnoreMaxRestarts"
 
 
-GPU_TYPE, SPOT = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"
+def test_other_jobs_differ_in_this():
+    def told(case):
+        on, keys = next(iter(case.items()))
+        usual = formatted(target(on).render(spec())).splitlines()
+        other = formatted(target(on, **keys).render(spec(**case.get("job", {})))).splitlines()
+        lines = [*difflib.unified_diff(usual, other, n=0, lineterm="")][2:]
+        return [f"{line[0]} {line[1:].strip()}" for line in lines if not line.startswith("@@")]
 
-
-def test_where_a_job_runs():
-    assert rendered(spec(gpu_type="nvidia-tesla-t4"))[1]["nodeSelector"] == {GPU_TYPE: "nvidia-tesla-t4", SPOT: "true"}
-    # Of infra/terraform's own nodes without GPUs, which pods of the system are kept away from.
-    without = rendered(spec(gpus=0, spot=False))[1]
-    taint = {"key": "ddpm-capacity", "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"}
-    assert "nodeSelector" not in without and without["tolerations"] == [taint]
-    own = [{"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}]
-    assert rendered(spec(), tolerations=own)[1]["tolerations"] == own
-    # GPUs that GKE does not know are those of other clusters, or of nodes that are selected by hand.
-    plain = rendered(spec(gpu_type="h100"), cluster="plain")[1]
-    assert "google" not in str(plain)
-    by_hand = {GPU_TYPE: "h100"}
-    assert rendered(spec(gpu_type="h100"), node_selector=by_hand)[1]["nodeSelector"] == by_hand
-    fixed = "r/ddpm@sha256:" + "5f" * 32
-    for image, policy in (("r/ddpm:latest", "Always"), (fixed, "IfNotPresent"), ("localhost/d", "IfNotPresent")):
-        assert rendered(spec(image=image))[2]["imagePullPolicy"] == policy
-
-
-L4, N1 = ({"machine_type": f"g2-standard-{cpus}"} for cpus in (4, 96)), {"gpu_type": "nvidia-tesla-t4"}
-SMALL, BIG = L4
-
-
-@pytest.mark.parametrize(
-    ("keys", "job", "asked"),
-    [
-        ({}, {"gpus": 0}, "4 16Gi 2Gi"),
-        (SMALL, {}, "3000m 10Gi 2Gi"),
-        ({"machine_type": "g2-standard-8"}, {"gpus": 0}, "4 16Gi 2Gi"),
-        (BIG, {"gpus": 8}, "93000m 244Gi 16Gi"),
-        (BIG, {"gpus": 1}, "11625m 30Gi 2Gi"),
-        # A machine that takes GPUs as an extra has as many as the target says, and one at least.
-        (N1 | {"machine_type": "n1-standard-4", "gpus": 2}, {}, "1500m 4Gi 2Gi"),
-        (N1 | {"machine_type": "n1-standard-4", "gpus": 1}, {}, "3000m 9Gi 2Gi"),
-        (N1 | {"machine_type": "n1-standard-4", "gpus": 0}, {}, "3000m 9Gi 2Gi"),
-        ({"machine_type": "g2-standard-8"}, {"gpu_type": "nvidia-h100-80gb", "gpus": 8}, "32 128Gi 16Gi"),
-        ({"machine_type": "custom-x", "cpus": "7", "memory": "9Gi", "shared_memory": "1Gi"}, {}, "7 9Gi 1Gi"),
-        (SMALL | {"cpus": "1"}, {}, "1 10Gi 2Gi"),
-    ],
-)
-def test_jobs_request_their_share(keys, job, asked):
-    _, pod, container = rendered(spec(**job), **keys)
-    requests = container["resources"]["requests"]
-    assert f"{requests['cpu']} {requests['memory']} {pod['volumes'][0]['emptyDir']['sizeLimit']}" == asked
+    assert_rows("requests.yaml", told)
 
 
 def test_slices_and_nodes_know_their_number():
-    assert rendered(sampling())[2]["args"][-2:] == ["--slice", "$(JOB_COMPLETION_INDEX)/3"]
     (made,) = target().render(spec(nodes=2, gpus=8))
     pods = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     seen: dict[str, str] = {}
@@ -208,21 +164,9 @@ def test_slices_and_nodes_know_their_number():
     assert Group.of(8, seen) == Group(8, 2, 1, "train-celeba-node-0-0.train-celeba", 29500)
 
 
-def known_of(job, **keys):
+def known_of(job):
     """What a VM knows of its job, by key."""
-    return {item["key"]: item["value"] for item in target("vm", **keys).render(job)[0]["metadata"]["items"]}
-
-
-def test_cpu_jobs_get_no_devices():
-    cpus = {"machine_type": "e2-standard-8"}
-    known = known_of(spec(gpus=0), **cpus)
-    assert known["ddpm-gpus"] == "0" and "nvidia" not in known["ddpm-words"]
-    assert "guestAccelerators" not in target("vm", **cpus).render(spec(gpus=0))[0]
-    made = str(target("batch", **cpus).render(spec(gpus=0)))
-    assert "--gpus" not in made and "'installGpuDrivers': False" in made and "accelerators" not in made
-    for machine, disk in (("a4-highgpu-8g", "hyperdisk"), ("g2-standard-8", "pd"), ("c4d-standard-8", "hyperdisk")):
-        (one,) = target("vm", machine_type=machine).render(spec(gpus=0))
-        assert one["disks"][0]["initializeParams"]["diskType"].endswith(f"/{disk}-balanced")
+    return {item["key"]: item["value"] for item in target("vm").render(job)[0]["metadata"]["items"]}
 
 
 def test_user_values_are_literal(tmp_path):

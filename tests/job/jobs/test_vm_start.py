@@ -16,7 +16,7 @@ import pytest
 from job.exits import Exit, State
 from job.jobs.backends import Cause
 from job.jobs.backends import vm as module
-from tests.job.jobs.google_server import Refusal
+from tests.job.jobs.api import Refusal
 from tests.job.jobs.submitting import spec, target
 from tests.job.launching import eventually
 
@@ -170,7 +170,7 @@ def test_missing_parts_end_the_job(machine, tools, code, tool, times, words):
 
 
 def test_stumbling_tools_are_tried_again(machine, tmp_path):
-    machine.cloud.refusals = [Refusal(401, "Request had invalid authentication credentials")]
+    machine.cloud.refuse_next(401, "Request had invalid authentication credentials")
     (tmp_path / "tools/timeout").write_text(TIMEOUT)
     (tmp_path / "tools/timeout").chmod(0o755)
     machine.run(cos_extensions="deaf 0", docker_pull="deaf 0")
