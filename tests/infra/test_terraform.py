@@ -20,65 +20,64 @@ from job.jobs.backends.vm import VmTarget
 from job.jobs.spec import job_name
 from job.jobs.targets import parse_targets
 from tests.infra.configuration import FILES, FOLDER, IS_BLOCK, body_of, read
-from tests.infra.provider_schema import schema
+from tests.infra.provider_schema import struct_of, structs
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.jobs.submitting import KINDS
 
 pytestmark = pytest.mark.infra
 REFERENCE = re.compile(r"(?<![\w.])(var|local|(?:data\.)?google_\w+)\.(\w+)(?:\[[^]]*\])?(?:\.(\w+))?")
+META = ("count", "for_each", "depends_on", "provider", "provisioner", "connection")
+"""What Terraform itself takes in each resource."""
 LITERALS = ((bool, "bool"), (int, "number"), (list, "list"), (dict, "map"))
 
 
 def problems(texts: Mapping[str, str] = FILES) -> list[str]:
     """What the provider's schema says against the blocks, and references that lead nowhere."""
-    known, declared, found = schema(), set[tuple[str, str]](), []
+    declared, found = set[tuple[str, str]](), []
     for kind, labels, body in read(texts):
         if kind == "variable":
             declared.add(("var", labels[0]))
         elif kind == "locals":
             declared |= {("local", name) for name in body.keys() - {IS_BLOCK}}
         elif kind in ("resource", "data", "provider"):
-            if struct := known[kind].get(labels[0]):
-                found += [f"{'.'.join(labels)}{problem}" for problem in _against(body, known["structs"][struct])]
-            else:
-                found.append(f"{'.'.join(labels)}: the provider has no such {kind}")
+            struct = struct_of(kind, labels[0])
+            told = _against(body, struct, META) if struct in structs() else [f": the provider has no such {kind}"]
+            found += [f"{'.'.join(labels)}{problem}" for problem in told]
             declared.add((f"data.{labels[0]}" if kind == "data" else labels[0], labels[-1]))
     references = [row for text in texts.values() for row in REFERENCE.findall(re.sub("#.*", "", text))]
     for root, name, attribute in references:
         if (root, name) not in declared:
             found.append(f"there is no {root}.{name}")
         elif attribute and root not in ("var", "local"):
-            kind = "data" if root.startswith("data.") else "resource"
-            if attribute not in known["attributes"][f"{kind} {root.removeprefix('data.')}"]:
+            struct = struct_of("data" if root.startswith("data.") else "resource", root.removeprefix("data."))
+            if attribute not in structs()[struct.removesuffix("Config")] | {"id": ""}:
                 found.append(f"{root} has no {attribute}")
     unused = declared - {(root, name) for root, name, _ in references}
     return found + [f"nobody uses {'.'.join(row)}" for row in sorted(unused) if row[0] in ("var", "local")]
 
 
-def _against(body: dict[str, Any], arguments: dict[str, Any]) -> Iterator[str]:
-    given = {name: value for name, value in body.items() if name not in (IS_BLOCK, "dynamic", "lifecycle")}
+def _against(body: dict[str, Any], struct: str, others: tuple[str, ...] = ()) -> Iterator[str]:
+    arguments = structs()[struct]
+    left_out = {IS_BLOCK, "dynamic", "lifecycle", *others}
+    given = {name: value for name, value in body.items() if name not in left_out}
     for dynamic in body.get("dynamic", []):
         given |= {name.strip('"'): made["content"] for name, made in dynamic.items()}
     yield from (f": {name} is missing" for name, (required, _) in arguments.items() if required and name not in given)
-    for name, value in given.items():
-        if name not in arguments:
-            yield f": unknown {name}"
-            continue
-        wanted = arguments[name][1]
+    yield from (f": unknown {name}" for name in given.keys() - arguments.keys())
+    for name in given.keys() & arguments.keys():
+        value, wanted = given[name], arguments[name][1]
         kind, *inner = [wanted] if isinstance(wanted, str) else wanted
         blocks = [item for item in value if isinstance(item, dict) and IS_BLOCK in item] if type(value) is list else []
         literal = next((word for python, word in LITERALS if isinstance(value, python)), kind)
-        if isinstance(value, str) and value.startswith('"'):
-            literal = "string"
+        literal = "string" if isinstance(value, str) and value.startswith('"') else literal
         if (kind == "block") != bool(blocks):
-            is_block, is_argument = ("a block", "an argument") if kind == "block" else ("an argument", "a block")
-            yield f": {name} is {is_block}, not {is_argument}"
+            yield f": {name} is {'a block, not an argument' if kind == 'block' else 'an argument, not a block'}"
         elif not blocks and kind not in ("any", literal):
             yield f": {name} is a {literal} instead of a {kind}"
         elif len(blocks) > 1 and not inner[1]:
             yield f": there can be one {name} only"
         for block in blocks if kind == "block" else ():
-            yield from (f".{name}{problem}" for problem in _against(block, schema()["structs"][inner[0]]))
+            yield from (f".{name}{problem}" for problem in _against(block, inner[0]))
 
 
 @pytest.mark.parametrize(

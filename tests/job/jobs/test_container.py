@@ -13,7 +13,7 @@ from job.jobs.backends.container import ContainerTarget
 from job.jobs.spec import JobSpec
 from job.store import kind_of
 from tests.job.jobs import submitting
-from tests.job.jobs.submitting import built
+from tests.job.jobs.submitting import assert_kept, built, raises
 
 TARGET = ContainerTarget(name="container")
 
@@ -47,19 +47,8 @@ def values(command: list[str], option: str) -> list[str]:
 
 
 def test_bucket_jobs_run_as_image_user():
-    given = {"env": {"DDPM_CACHE": "/elsewhere"}}
-    command = command_of(spec(**given), memory="16g", network="host")
-    assert command == [
-        *("podman", "run", "--name=train-celeba"),
-        *("--label=app=ddpm", "--label=ddpm-job=train-celeba", "--label=ddpm-verb=train"),
-        *("--label=ddpm-run=celeba", "--label=ddpm-bucket=gs://photos"),
-        *("--pull=never", "--stop-timeout=120", "--read-only", "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777"),
-        *("--user=10001:10001", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=2g"),
-        *("--mount=type=volume,source=ddpm-scratch-10001,destination=/scratch", "--memory=16g", "--network=host"),
-        *("--env=DDPM_CACHE=/elsewhere", "--env=DDPM_GRACE_SECONDS=120", "--env=TMPDIR=/scratch"),
-        "--env=XDG_CACHE_HOME=/scratch/cache",
-        *("localhost/ddpm:latest", "train", "--bucket", "gs://photos", "--dataset", "celeba"),
-    ]
+    command = command_of(spec(env={"DDPM_CACHE": "/elsewhere"}), memory="16g", network="host")
+    assert_kept("container.txt", "\n".join(command) + "\n")
     added = {"--memory=16g", "--network=host", "--env=DDPM_CACHE=/elsewhere"}
     assert {*command_of(spec())} == {*command} - added | {"--env=DDPM_CACHE=/scratch/ddpm"}
 
@@ -94,28 +83,23 @@ def test_local_files_are_mounted(tmp_path, targets_folder, monkeypatch):
         assert len(values(command_of(built("train", words, "container")), "--mount")) == count
 
 
-@pytest.mark.parametrize(
-    ("engine", "asked", "there", "words"),
-    [
+def test_gpus_if_there_are_any():
+    for engine, asked, there, words in (
         ("podman", 4, 4, ["--device=nvidia.com/gpu=all"]),
         ("podman", 2, 4, ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]),
         ("docker", 4, 4, ["--gpus=all"]),
         ("docker", 1, 4, ["--gpus=1"]),
         ("docker", 1, 0, []),
         ("podman", 0, 4, []),
-    ],
-)
-def test_gpus_if_there_are_any(engine, asked, there, words):
-    command = command_of(spec(gpus=asked), there, engine=engine)
-    assert [word for word in command if word.startswith(("--device=", "--gpus="))] == words
-    with pytest.raises(BadRequestError, match="--gpus 3: this machine has 2"):
-        command_of(spec(gpus=3), 2)
+    ):
+        command = command_of(spec(gpus=asked), there, engine=engine)
+        assert [word for word in command if word.startswith(("--device=", "--gpus="))] == words
+    raises(BadRequestError, "--gpus 3: this machine has 2", command_of, spec(gpus=3), 2)
 
 
 def test_secrets_are_not_passed_on(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    with pytest.raises(NoPermissionError, match="not passed to a container"):
-        engine("").submit(spec("s3://photos"))
+    raises(NoPermissionError, "not passed to a container", engine("").submit, spec("s3://photos"))
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("[default]\naws_secret_access_key = hush\n")
     assert kind_of("s3://photos").credential_files() == {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / ".aws/credentials"}
@@ -150,34 +134,27 @@ def engine(tmp_path, monkeypatch):
 
 
 def test_cancelling_says_what_it_did(engine):
-    for said, state, done in (
-        ("running", State.RUNNING, "is stopping: it saves"),
-        ("exited", State.FINISHED, "was finished already"),
-    ):
-        known = {"Name": "/train-celeba", "Created": "2026-11-25T10:00:00Z", "Config": {"Labels": {}}}
-        own = {"State": {"StartedAt": "2026-11-25T10:00:00Z", "Status": said, "ExitCode": 0}}
-        backend = engine(json.dumps([known | own]))
-        assert backend.alive("train-celeba").state is state
+    at = "2026-11-25T10:00:00Z"
+    for said, done in (("running", "is stopping: it saves"), ("exited", "was finished already")):
+        own = {"State": {"StartedAt": at, "Status": said, "ExitCode": 0}}
+        backend = engine(json.dumps([{"Name": "/train-celeba", "Created": at, "Config": {"Labels": {}}} | own]))
         assert backend.cancel("train-celeba").startswith(done)
 
 
 def test_engines_refuse_or_know_no_container(engine, tmp_path, monkeypatch):
     daemon = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
-    with pytest.raises(BadRequestError, match="podman: Cannot connect"):
-        engine(daemon, 125).alive("train-celeba")
+    raises(BadRequestError, "podman: Cannot connect", engine(daemon, 125).alive, "train-celeba")
     backend = engine("Error: no such container train-x", 1, has_list=True)
     assert backend.alive("train-x").state is State.GONE
-    with pytest.raises(MissingInputError, match="no job 'train-x'"):
-        backend.cancel("train-x")
+    raises(MissingInputError, "no job 'train-x'", backend.cancel, "train-x")
     backend = engine("Error: image not known", 1, has_list=True)
-    with pytest.raises(MissingInputError, match="could not be pulled: check its name, and log in with `podman login`"):
-        backend.submit(spec(image="registry.example.com/ddpm:1"))
+    said = "could not be pulled: check its name, and log in with `podman login`"
+    raises(MissingInputError, said, backend.submit, spec(image="registry.example.com/ddpm:1"))
     # For the doctor, too.
     assert {check.name: check for check in engine("5.4.2\n").checks("")}["engine"].passed
     (check,) = engine(daemon, 1).checks("")
     assert (check.name, check.passed, check.exit_code) == ("engine", False, Exit.BAD_REQUEST)
     (tmp_path / "podman").unlink()
-    with pytest.raises(MissingInputError, match="podman is not installed: `apt-get install podman`"):
-        TARGET.alive("train-a")
+    raises(MissingInputError, "podman is not installed: `apt-get install podman`", TARGET.alive, "train-a")
     # A dry run needs none.
     assert TARGET.render(spec())[0]["command"][0] == "podman"

@@ -22,7 +22,7 @@ from job.jobs.targets import load_targets, parse_targets, target_class
 from job.stop import deadline
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused
-from tests.job.jobs.submitting import FOR_TRAIN, GOLDEN, SHOWN, TARGETS, built, parsed, spec, target
+from tests.job.jobs.submitting import FOR_TRAIN, GOLDEN, SHOWN, TARGETS, built, parsed, raises, spec, target
 
 pytestmark = pytest.mark.usefixtures("folder")
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
@@ -57,8 +57,7 @@ def test_refused_jobs_name_the_option(folder):
     # A run that is there has a batch of its own, whatever its preset says.
     assert built("train", [*FOR_TRAIN, "--processes", "64"], nodes=4)
     assert built("train", [*FOR_TRAIN, "--set", "train.batch_size=1"])
-    with pytest.raises(BadRequestError, match="use a letter and up to 45 lower-case letters"):
-        spec("t" * 47)
+    raises(BadRequestError, "use a letter and up to 45 lower-case letters", spec, "t" * 47)
 
 
 def test_what_could_not_run_is_not_rendered():
@@ -85,11 +84,9 @@ def test_option_variable_then_working_folder(monkeypatch):
         ("/dev/zero", BadConfigError, "/dev/zero is larger than 256 KiB: is it the right file"),
         ("b", BadRequestError, "b: Is a directory"),
     ):
-        with pytest.raises(error, match=said):
-            load_targets(Path(file))
+        raises(error, said, load_targets, Path(file))
     monkeypatch.setenv("DDPM_TARGETS", "neither.yaml")
-    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither\.yaml: No such file"):
-        load_targets()
+    raises(MissingInputError, r"DDPM_TARGETS neither\.yaml: No such file", load_targets)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from job.jobs.spec import JobSpec
 from job.jobs.watch import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError, Watch
 from job.store import open_store
 from tests.job.jobs import submitting
+from tests.job.jobs.submitting import raises
 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "/nowhere", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
@@ -59,7 +60,6 @@ class Engine:
     refusal: JobError | None = None
     keeps_ended: bool = False
     is_remote: bool = True
-    limits_attempts: bool = False
     seconds: float = NOON
     told: list[str] = field(default_factory=list)
     submitted: list[tuple[str, float]] = field(default_factory=list)
@@ -113,12 +113,12 @@ class Engine:
 class Place:
     """One of the places of an engine: what the watch asks of a `Target`."""
 
-    submit_where_possible = Target.submit_where_possible
+    submit_where_possible, limits_attempts = Target.submit_where_possible, False
 
     def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
         self.engine, self.name, self.rest = engine, places[0], places[1:]
         self.keeps_ended = engine.keeps_ended
-        self.is_remote, self.limits_attempts = engine.is_remote, engine.limits_attempts
+        self.is_remote = engine.is_remote
 
     def elsewhere(self) -> Place | None:
         return Place(self.engine, self.rest) if self.rest else None
@@ -265,8 +265,8 @@ def test_next_places_are_tried():
     assert Engine([GONE, RUNNING, GONE, *ENDS], full={"a": 1}).watch("a", "b").places == ["b", "b"]
     # Without the watch each is tried once.
     assert Place(Engine([GONE], full={"a": 1}), ("a", "b")).submit_where_possible(SPEC).name == "b"
-    with pytest.raises(NoCapacityError, match="b has no machine"):
-        Place(Engine([GONE], full={"a": 1, "b": 1}), ("a", "b")).submit_where_possible(SPEC)
+    full = Place(Engine([GONE], full={"a": 1, "b": 1}), ("a", "b"))
+    raises(NoCapacityError, "b has no machine", full.submit_where_possible, SPEC)
 
 
 def test_waiting_jobs_are_moved():
@@ -295,12 +295,10 @@ def test_silent_engines_leave_jobs_alone():
     engine = Engine([GONE, RUNNING, *[AWAY] * 100, *ENDS]).watch()
     assert len(engine.submitted) == 1
     assert engine.told.count("the API is away; the job goes on meanwhile") == 1
-    refusals: list[JobError] = [NoPermissionError("no"), BadRequestError("no such GPU")]
-    for refusal in refusals:
-        with pytest.raises(type(refusal), match=str(refusal)):
-            Engine([GONE, GONE], refusal=refusal).watch()
+    for refusal in (NoPermissionError("no"), BadRequestError("no such GPU")):
+        raises(type(refusal), str(refusal), Engine([GONE, GONE], refusal=refusal).watch)
     # The answer to the first request was lost: the second finds the job there.
-    Engine([GONE, RUNNING, *ENDS], refusal=refusals[1]).watch()
+    Engine([GONE, RUNNING, *ENDS], refusal=refusal).watch()
     # Nor is it ended with the watch.
     engine = Engine([GONE, (RUNNING, DAY)]).stops("no longer watching train-a, which goes on", max_hours=700.0)
     assert engine.cancelled == []
@@ -324,9 +322,9 @@ THERE = status(RUNNING, created="2026-01-31T11:00:00Z")
 EVICTED = replace(THERE, state=WAITING)
 
 
-@pytest.mark.parametrize(
-    ("first", "said_at", "least", "most"),
-    [
+def test_hours_begin_with_the_job(tmp_path):
+    place = tmp_path / "jobs/train-a/0-of-1.json"
+    for first, said_at, least, most in (
         (THERE, "", 0.98, 1.0),
         (replace(THERE, created="2026-01-31T11:00:00.123456+00:00"), "", 0.98, 1.001),
         # Who waits for a first machine has not run, and a time that is none is none.
@@ -335,14 +333,13 @@ EVICTED = replace(THERE, state=WAITING)
         # An engine forgets an evicted attempt, and the job's bucket does not; an earlier job's word is none of it.
         (EVICTED, "2026-01-31T11:30:00Z", 0.9, 1.0),
         (EVICTED, "2026-01-31T10:30:00Z", 1.9, 2.0),
-    ],
-)
-def test_hours_begin_with_the_job(tmp_path, first, said_at, least, most):
-    if said_at:
-        said = Outcome(state="stopped", exit_code=75, updated=said_at)
-        open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", said.to_json())
-    (hours,) = Engine([first, 75, *ENDS]).watch(bucket=str(tmp_path)).hours
-    assert least < hours <= most
+    ):
+        place.unlink(missing_ok=True)
+        if said_at:
+            said = Outcome(state="stopped", exit_code=75, updated=said_at)
+            open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", said.to_json())
+        (hours,) = Engine([first, 75, *ENDS]).watch(bucket=str(tmp_path)).hours
+        assert least < hours <= most, (first, said_at)
     assert Engine([replace(THERE, created="2026-01-31T09:00:00Z"), 75]).stops(USED).submitted == []
 
 
@@ -412,11 +409,10 @@ def test_batch_jobs_are_submitted_again(cloud):
     backend = submitting.target("batch")
     lost = [lambda: becomes("FAILED", *[50001] * 10), nothing, runs]
     watched(backend, runs, *lost * 6, lambda: becomes("SUCCEEDED", 0))
-    with pytest.raises(JobEndedError, match="could not be ended"):
-        watched(backend, runs, lambda: becomes("FAILED", 50004))
+    raises(JobEndedError, "could not be ended", watched, backend, runs, lambda: becomes("FAILED", 50004))
     # Batch makes eleven attempts by itself.
-    with pytest.raises(JobEndedError, match="ended with 137, the 6th failure: giving up"):
-        watched(backend, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
+    said = "ended with 137, the 6th failure: giving up"
+    raises(JobEndedError, said, watched, backend, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
 
 
 def test_cluster_jobs_are_submitted_again(server):
