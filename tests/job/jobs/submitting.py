@@ -16,6 +16,7 @@ import yaml
 import job
 from job.cli import command
 from job.cli.app import EXAMPLES
+from job.exits import JobError
 from job.jobs.backends import JobStatus, Target
 from job.jobs.spec import JobSpec
 from job.jobs.submit import spec_of
@@ -106,10 +107,11 @@ def told(backend: Target, name: str) -> JobStatus:
     return alive.with_outcome(alive.bucket or backend.usual_bucket)
 
 
-def raises(error: type[Exception], said: str, call: Callable[..., object], *given: Any, **named: Any) -> None:
-    """What is called raises this error, with a message in which the pattern is found."""
-    with pytest.raises(error, match=said):
-        call(*given, **named)
+def raises(kind: int | type[JobError], said: str, call: Callable[..., object], *given: Any) -> None:
+    """What is called fails with this exit code, or kind of error, and a message in which the pattern is found."""
+    with pytest.raises(JobError if isinstance(kind, int) else kind, match=said) as error:
+        call(*given)
+    assert not isinstance(kind, int) or error.value.exit_code == kind, error.value
 
 
 def assert_kept(name: str, made: str) -> None:

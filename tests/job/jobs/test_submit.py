@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -29,24 +30,19 @@ from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 pytestmark = pytest.mark.usefixtures("targets_folder")
 
 
-COMMANDS = [
-    ["train", "--dataset", "a", "--set", "x=1", "--set", "y=[1, 2]", "--wait", "30", "--epochs", "3"],
-    ["train", "--dataset", "a", "--config", "some where.yaml", "--hang-after", "0.5", "--stop-after", "1h"],
-    ["sample", "--run", "r", "--gif", "--weights", "model", "--no-nearest", "--steps", "4"],
-    ["sample", "--run", "r", "--nearest", "--checkpoints", "30,80", "--seeds", "0-3"],
-    ["sample", "--run", "r", "--count", "10", "--slice", "0/2", "--classes=-1"],
-    ["evaluate", "--run", "r", "--count", "99", "--metrics", "fid", "--guidance", "2", "--extractor", "mobilenet"],
-    ["pack", "a folder", "name", "--size", "8", "--no-classes", "--licence", "it's mine"],
-    ["pack", "a", "b", "--classes", "--channels", "1", "--max-bad", "0", "--licence=--size=3"],
-    ["pack", "--size", "8", "--", "-a", "b"],
-    ["index", "a/{00..99}.tar", "b", "name", "--size", "96x64", "--labels", ":breed", "--unlabelled", "drop"],
-    ["encode", "name", "--autoencoder", "gs://models/vae", "--to", "latents", "--slice", "1/2"],
-]
-
-
 def test_commands_survive_writing_and_reading():
-    for verb, *words in COMMANDS:
-        first = parsed(verb, words)
+    for words in (
+        "train --dataset a --set x=1 --set 'y=[1, 2]' --wait 30 --epochs 3 --config 'some where.yaml' --stop-after 1h",
+        "sample --run r --gif --weights model --no-nearest --steps 4 --count 10 --slice 0/2 --classes=-1",
+        "evaluate --run r --count 99 --metrics fid --guidance 2 --extractor mobilenet",
+        'pack "a folder" name --size 8 --no-classes --channels 1 --max-bad 0 --licence "it\'s mine"',
+        "pack a b --classes --licence=--size=3",
+        "pack --size 8 -- -a b",
+        "index a/{00..99}.tar b name --size 96x64 --labels :breed --unlabelled drop",
+        "encode name --autoencoder gs://models/vae --to latents --slice 1/2",
+    ):
+        verb, *options = shlex.split(words)
+        first = parsed(verb, options)
         prefix = ("data", verb) if verb in ("pack", "index", "encode") else (verb,)
         argv = first.argv()
         assert argv[: len(prefix)] == prefix
@@ -89,37 +85,31 @@ def test_only_typed_options_are_written(monkeypatch):
 
 
 def test_training_becomes_a_job():
-    spec = built("train", [*FOR_TRAIN, "--epochs", "3"])
     argv = ("train", "--dataset", "celeba", "--epochs", "3", "--wait", "155", "--bucket", "gs://bucket")
     there = {"image": "registry/ddpm:1", "bucket": "gs://bucket", "gpus": 1, "gpu_type": "nvidia-l4"}
-    own = {"run": "celeba", "max_hours": 24.0, "env": {"DDPM_JOB": "train-celeba", "DDPM_GPUS": "1"}}
-    assert (
-        spec == built("train", [*FOR_TRAIN, "--epochs", "3"]) == JobSpec("train-celeba", "train", argv, **there, **own)
-    )
+    there |= {"run": "celeba", "max_hours": 24.0, "env": {"DDPM_JOB": "train-celeba", "DDPM_GPUS": "1"}}
+    assert built("train", [*FOR_TRAIN, "--epochs", "3"]) == JobSpec("train-celeba", "train", argv, **there)
     # What was asked for wins over the target.
-    spec = built("train", FOR_TRAIN, "vm", gpus=8, gpu_type="a", spot=True, max_hours=0.5)
-    assert (spec.gpus, spec.gpu_type, spec.spot, spec.max_hours) == (8, "a", True, 0.5)
-    spec = built("train", FOR_TRAIN, "vm")
-    assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot) == (1, 1, "nvidia-l4", False)
-    spec = built("train", FOR_TRAIN, gpus=0)
-    assert (spec.gpus, spec.gpu_type) == (0, "")
-    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
+    for on, asked, expected in (
+        ("vm", {"gpus": 8, "gpu_type": "a", "spot": True, "max_hours": 0.5}, (8, 1, "a", True, 1800)),
+        ("vm", {}, (1, 1, "nvidia-l4", False, 24 * 3600)),
+        ("gke", {"gpus": 0, "max_hours": 0.017}, (0, 1, "", True, 61)),
+        ("gke", {"nodes": 2, "max_hours": 1 / 60}, (1, 2, "nvidia-l4", True, 60)),
+    ):
+        spec = built("train", FOR_TRAIN, on, **asked)
+        assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot, spec.max_seconds) == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "word", "reads"),
-    [
+def test_parents_are_seen_by_the_job(targets_folder):
+    for given, word, reads in (
         ("celeba@490", "celeba@490", ()),
         ("gs://theirs/runs/celeba@490", "gs://theirs/runs/celeba@490", ("",)),
-        ("mine/runs/celeba", "{}/mine/runs/celeba@latest", ("{}/mine",)),
-    ],
-)
-def test_parents_are_seen_by_the_job(targets_folder, given, word, reads):
-    words = ["--dataset", "a", "--from", given, "--weights", "model", "--set", "train.batch_size=8"]
-    spec = built("train", [*words, "--bucket", "gs://bucket"], "container")
-    assert spec.argv[3:7] == ("--from", word.format(targets_folder), "--weights", "model")
-    assert spec.reads == tuple(each.format(targets_folder) for each in reads)
-    assert parsed("train", spec.argv[1:]).check().changes == parsed("train", words).check().changes
+        ("mine/runs/celeba", f"{targets_folder}/mine/runs/celeba@latest", (f"{targets_folder}/mine",)),
+    ):
+        words = ["--dataset", "a", "--from", given, "--weights", "model", "--set", "train.batch_size=8"]
+        spec = built("train", [*words, "--bucket", "gs://bucket"], "container")
+        assert (spec.argv[3:7], spec.reads) == (("--from", word, "--weights", "model"), reads)
+        assert parsed("train", spec.argv[1:]).check().changes == parsed("train", words).check().changes
 
 
 def test_replacements_wait_for_the_lease():
@@ -141,16 +131,16 @@ def test_other_work_has_names_of_its_own():
     # The same images are the same job, wherever they are made, and however that was typed.
     others += [built("sample", words, "vm", slices=4), built("sample", ["--count", "100", "--run=celeba"], slices=4)]
     assert [other.name == spec.name for other in others] == [False, False, True, True]
-    assert re.fullmatch(r"sample-celeba-[0-9a-f]{8}", spec.name)
-    spec = built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "64"])
-    assert re.fullmatch(r"pack-my-photos-v2-[0-9a-f]{8}", spec.name)
-    assert spec.argv[:4] == ("data", "pack", "gs://photos/all.zip", "my_photos.v2")
-    assert (spec.run, spec.gpus, spec.gpu_type) == ("", 0, "")
-    words = ["--run", "celeba", "--count", "50000", "--extractor-file", "gs://theirs/inception.pt"]
-    spec = built("evaluate", words)
-    assert (spec.verb, spec.run, spec.slices, spec.gpus) == ("evaluate", "celeba", 0, 1)
-    assert spec.argv[:3] == ("evaluate", "--run", "celeba") and is_about(spec.name, "celeba")
-    assert parsed("evaluate", words).count == 50_000
+    pack = built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "64"])
+    score = built("evaluate", ["--run", "celeba", "--count", "50000", "--extractor-file", "gs://theirs/inception.pt"])
+    for made, name, about, argv in (
+        (spec, "sample-celeba", ("celeba", 1, "nvidia-l4", 4), ("sample", "--run", "celeba")),
+        (pack, "pack-my-photos-v2", ("", 0, "", 0), ("data", "pack", "gs://photos/all.zip", "my_photos.v2")),
+        (score, "evaluate-celeba", ("celeba", 1, "nvidia-l4", 0), ("evaluate", "--run", "celeba", "--count", "50000")),
+    ):
+        assert re.fullmatch(f"{name}-[0-9a-f]{{8}}", made.name) and made.argv[: len(argv)] == argv
+        assert (made.run, made.gpus, made.gpu_type, made.slices) == about
+        assert not made.run or is_about(made.name, made.run)
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "pack"])
