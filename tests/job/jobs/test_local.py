@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -158,49 +157,50 @@ def test_jobs_in_the_foreground_are_known_and_stopped(bucket, folder):
     assert row.split()[:3] == ["train-front", "local", "stopped"] and re.search(r" 1 +75 ", row)
 
 
-@pytest.fixture(scope="module")
-def failed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder of a job in the background that ended with 66, with its bucket and its cache."""
-    made = tmp_path_factory.mktemp("failed")
-    (made / "bucket").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made)
-        patch.setenv("DDPM_CACHE", str(made / "cache"))
-        patch.setenv("WANDB_API_KEY", "marked-8f3a")
-        words = ("submit", "train", "--dataset", "none", "--bucket", "bucket", "--on", "local", "--detach")
-        out = succeeded(ddpm_here(*words))
-        assert out.startswith("train-none is submitted: `ddpm jobs logs train-none --on local -f` follows it")
-        ended("train-none")
-    return made
-
-
-@pytest.fixture
-def failed(failed_once: Path, folder: Path) -> str:
-    """The name of that job, in a copy of its folder."""
-    shutil.copytree(failed_once, folder, dirs_exist_ok=True)
-    record = record_of("train-none")
-    record.write_text(record.read_text().replace(str(failed_once), str(folder)))
-    return "train-none"
-
-
-def test_failed_jobs_say_why(failed, folder):
-    said = "dataset 'none' is not in"
-    status = told(backend(), failed)
+def test_failed_jobs_say_why(folder, monkeypatch):
+    (folder / "bucket").mkdir()
+    monkeypatch.setenv("WANDB_API_KEY", "marked-8f3a")
+    out = succeeded(
+        ddpm_here("submit", "train", "--dataset", "none", "--bucket", "bucket", "--on", "local", "--detach")
+    )
+    assert out.startswith("train-none is submitted: `ddpm jobs logs train-none --on local -f` follows it")
+    status, said = ended("train-none"), "dataset 'none' is not in"
     assert (status.state, status.exit_code) == (State.FAILED, 66) and said in status.message
     header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
     columns = ["job", "target", "state", "attempts", "exit code", "created", "place", "message"]
     assert re.split(r"  +", header.strip()) == columns
-    assert row.split()[:5] == [failed, "local", "failed", "1", "66"] and said in row
+    assert row.split()[:5] == ["train-none", "local", "failed", "1", "66"] and said in row
     _, row = on_screen("jobs", "list", "--on", "local", columns=50).splitlines()
-    assert (row.split()[:3], len(row)) == ([failed, "local", "failed"], 50)
-    # Targets of this machine share their jobs.
-    (folder / "targets.yaml").write_text("mine: {backend: local}")
-    assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
-    shown = succeeded(ddpm_here("jobs", "status", failed))
+    assert (row.split()[:3], len(row)) == (["train-none", "local", "failed"], 50)
+    # Targets of this machine share their jobs; and an engine that is silent hides no other.
+    monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
+    gke = "gke: {backend: kubernetes, image: i, bucket: gs://bucket}"
+    (folder / "targets.yaml").write_text(f"mine: {{backend: local}}\n{gke}")
+    done = ddpm_here("jobs", "list")
+    assert succeeded(done).count("train-none") == 1 and re.search(r"^gke: \S", done.stderr, re.MULTILINE)
+    # Who asks for it by name is told by the exit code, too.
+    assert ddpm_here("jobs", "list", "--on", "gke").returncode not in (0, 1, 2)
+    # A command that names no target finds the one that knows the job.
+    shown = succeeded(ddpm_here("jobs", "status", "train-none"))
     assert shown.count("state ") == 1 and "exit code   66: missing input" in shown
-    assert said in succeeded(ddpm_here("jobs", "logs", failed))
+    (folder / "targets.yaml").unlink()
+    assert said in succeeded(ddpm_here("jobs", "logs", "train-none"))
     # Nothing secret is remembered.
     assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
+    # Its output cannot command a terminal.
+    log = next(Path("cache/jobs").glob("*/*.log"))
+    log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
+    printed = succeeded(ddpm_here("jobs", "logs", "train-none"))
+    assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
+    done = ddpm_here("jobs", "status", "train-none", "--bucket", "gs://X")
+    assert "state       failed" in succeeded(done) and "the run's folder cannot be read" in done.stderr
+    # One that the bucket knows to be finished is not called killed.
+    monkeypatch.setenv("DDPM_JOB", "train-none")
+    with outcome_written("bucket"):
+        pass
+    for listed in (("list",), ("status", "train-none")):
+        told = succeeded(ddpm_here("jobs", *listed))
+        assert "finished" in told and "killed" not in told
 
 
 def test_variables_reach_the_job(bucket, folder):
@@ -216,18 +216,6 @@ def test_variables_reach_the_job(bucket, folder):
     assert (status.state, status.exit_code) == (State.FAILED, None)
     assert "see `ddpm jobs logs train-b`" in status.message
     assert "is not in nowhere yet" in "\n".join(backend().logs("train-b", True))
-
-
-def test_silent_engines_hide_no_other(failed, folder, monkeypatch):
-    monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
-    (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
-    done = ddpm_here("jobs", "list")
-    assert "train-none" in succeeded(done)
-    assert re.search(r"^gke: \S", done.stderr, re.MULTILINE)
-    # Who asks for it by name is told by the exit code, too.
-    assert ddpm_here("jobs", "list", "--on", "gke").returncode not in (0, 1, 2)
-    # A command that names no target finds the one that knows the job.
-    assert "failed" in succeeded(ddpm_here("jobs", "status", failed))
 
 
 def test_unknown_jobs_are_refused():
@@ -268,21 +256,3 @@ def test_bucket_knows_a_gone_job(bucket, folder, monkeypatch):
         refused(ddpm_here("jobs", "status", name), Exit.MISSING_INPUT)
     # Its output went with the machine.
     refused(ddpm_here("jobs", "logs", "train-walk"), Exit.MISSING_INPUT)
-
-
-def test_output_cannot_command_a_terminal(failed):
-    log = next(Path("cache/jobs").glob("*/*.log"))
-    log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
-    printed = succeeded(ddpm_here("jobs", "logs", failed))
-    assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
-
-
-def test_finished_jobs_are_not_called_killed(failed, monkeypatch):
-    done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
-    assert "state       failed" in succeeded(done) and "the run's folder cannot be read" in done.stderr
-    monkeypatch.setenv("DDPM_JOB", failed)
-    with outcome_written("bucket"):
-        pass
-    for listed in (("list",), ("status", failed)):
-        told = succeeded(ddpm_here("jobs", *listed))
-        assert "finished" in told and "killed" not in told
