@@ -11,11 +11,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from job import exits
 from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, MissingInputError
-from job.store import ObjectMissingError, Retry, Store, files, open_store
+from job.store import ObjectMissingError, Retry, Store, files, open_store, open_to_read
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
 from tests.job.conftest import point_at
@@ -261,6 +263,28 @@ def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         *((f"{scheme}://{bucket}", words) for scheme in SCHEMES for bucket, words in no_buckets),
     ]:
         raised(BadRequestError, re.escape(words), open_store, uri)
+
+
+class Remembering(LocalFileSystem):
+    """What another program's package may bring: it remembers what it was told of files until it is told to forget."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("remembering://"))
+
+    def info(self, path: str, **how: object) -> dict[str, object]:
+        return self.dircache.setdefault(path, super().info(path, **how))
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    fsspec.register_implementation("remembering", Remembering)
+    (tmp_path / "file").write_bytes(b"1" * 100)
+    with open_to_read(f"remembering://{tmp_path}").open("file") as stream:
+        (tmp_path / "file").write_bytes(b"2" * 99)
+        raised(BadDataError, "file has changed during the read: begin again", stream.read, 10)
 
 
 def test_wait_for_locks_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,9 @@ def test_configuration_of_fsspec_applies(remote_bucket: str, way: str, started, 
         elif way == "a variable each":
             variables |= {f"FSSPEC_{scheme}_{name}".upper(): str(value) for name, value in options.items()}
         else:
-            (folder / "conf.json").write_text(json.dumps({scheme: options}))
+            # What is true is the project of the options.
+            named = {"requester_pays": True, "project": "my-project"} if scheme == "gs" else {}
+            (folder / "conf.json").write_text(json.dumps({scheme: options | named}))
         for name in SERVERS[scheme].variables(""):
             if not name.startswith(("AWS_ACCESS", "AWS_SECRET")):
                 monkeypatch.delenv(name, raising=False)
