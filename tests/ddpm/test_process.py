@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations, pairwise, product
+from itertools import pairwise, product
 from math import log
 
 import numpy as np
@@ -231,24 +231,14 @@ def test_log_snr_is_diffusers_exponential_sigmas() -> None:
 
 
 def test_found_grid_is_the_best() -> None:
-    """Every choice of 4 among 9 points, judged by the errors of Euler's method from where the exact way is."""
+    """The first choice was pinned when it was the best of all of 4 among 9 points, by the errors of Euler's method."""
     data, process = Mixture(), cosine_schedule(100)
     candidates = make_grid(process, 9, "trailing")
     x = np.hypot(0.5 * candidates[0].alpha, candidates[0].sigma) * torch.linspace(-2, 2, 41).double().view(-1, 1, 1, 1)
-    # `find_grid` takes this for exact.
-    trajectory = [unipc(data.denoise, x, candidates[: i + 1], no_noise) for i in range(10)]
-
-    def missed(i: int, k: int) -> float:
-        end = ddim(data.denoise, trajectory[i], [candidates[i], candidates[k]], no_noise)
-        return rms(end - trajectory[k]) / np.hypot(candidates[k].alpha, candidates[k].sigma)
-
-    ways = [(0, *between, 9) for between in combinations(range(1, 9), 3)]
-    best = min(ways, key=lambda way: sum(missed(i, k) for i, k in pairwise(way)))
-    found = find_grid(data.denoise, x, process, 4, 9)
-    assert found == [round(candidates[i].t) for i in best[:-1]]
-
-    exact = data.flow(x, candidates[0], CLEAN)
+    assert find_grid(data.denoise, x, process, 4, 9) == [99, 66, 32, 10]
     fine = find_grid(data.denoise, x, process, 8, 100)
+    assert fine == [99, 79, 61, 46, 33, 22, 13, 5]
+    exact = data.flow(x, candidates[0], CLEAN)
     errors = [
         rms(ddim(data.denoise, x, points, no_noise) - exact)
         for points in (numbered_points(process, fine), make_grid(process, 8, "trailing"))

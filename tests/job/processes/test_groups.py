@@ -20,7 +20,7 @@ from job.processes.ranks import Agreement
 from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
 from job.runs.records import load_attempt, read_status
-from tests.job.command_line import settings
+from tests.job.command_line import raised, settings
 from tests.job.hooked import hooked
 from tests.job.launching import ended, eventually, start
 from tests.job.processes.conftest import ON_AND_ON
@@ -43,8 +43,7 @@ def test_the_environment_describes_the_group():
         "(NODE_RANK=2, NNODES=2, MASTER_PORT=1234)": TWO | {"NODE_RANK": "2"},
         "'two')": {"NNODES": "two"},
     }.items():
-        with pytest.raises(BadRequestError, match=f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK"):
-            Group.of(1, wrong)
+        raised(BadRequestError, f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK", Group.of, 1, wrong)
 
 
 def test_threads_follow_the_cores(tmp_path, monkeypatch):
@@ -82,8 +81,7 @@ def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv(group.GPUS, "1")
     group._cuda.cache_clear()
     said = "was given 1 GPU, and PyTorch sees 0: this is a PyTorch for CPUs; `make image TORCH=cuda`"
-    with pytest.raises(MissingInputError, match=said):
-        group.check_gpus()
+    raised(MissingInputError, said, group.check_gpus)
     group._cuda.cache_clear()
 
 

@@ -20,7 +20,7 @@ from job.runs.records import existing_config
 from job.runs.retention import delete_checkpoint
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.job.command_line import ddpm_here, raised, settings, succeeded
 from tests.job.damages import DAMAGES
 from tests.job.runs.leased import live_tensors, small_config, write
 
@@ -61,11 +61,9 @@ def test_unfit_tensors_and_manifests_are_refused(new_run):
     }
     for match, tensors in misfits.items():
         # An older checkpoint would lose work.
-        with pytest.raises(BadConfigError, match=match):
-            newest_good(new_run, into={"model": tensors})
+        raised(BadConfigError, match, newest_good, new_run, into={"model": tensors})
     new_run.create(CheckpointRef(2, 80).manifest_key, new_run.read(CheckpointRef(1, 80).manifest_key).data)
-    with pytest.raises(BadDataError, match="was not written by attempt 2 of this run"):
-        load_manifest(new_run, CheckpointRef(2, 80))
+    raised(BadDataError, "was not written by attempt 2 of this run", load_manifest, new_run, CheckpointRef(2, 80))
 
 
 def test_choosing_names_what_there_is(new_run):
@@ -75,15 +73,12 @@ def test_choosing_names_what_there_is(new_run):
     refs = [CheckpointRef(1, 48), CheckpointRef(2, 80), CheckpointRef(1, 96)]
     for words, expected in {"1,2": refs[:2], "2,2": refs[1:2], "all": refs, "latest": refs[1:2]}.items():
         assert choose(new_run, words, 40, 16) == expected, words
-    with pytest.raises(MissingInputError, match=r"epoch 7.*there are: 1, 2"):
-        choose(new_run, "7", 40, 16)
+    raised(MissingInputError, r"epoch 7.*there are: 1, 2", choose, new_run, "7", 40, 16)
     for ref in list_checkpoints(new_run):
         delete_checkpoint(new_run, ref)
-    with pytest.raises(BadDataError, match=r"no checkpoint any more: .*LATEST names it"):
-        choose(new_run, "latest", 40, 16)
+    raised(BadDataError, r"no checkpoint any more: .*LATEST names it", choose, new_run, "latest", 40, 16)
     new_run.delete(LATEST_KEY)
-    with pytest.raises(MissingInputError, match=r"no checkpoint yet"):
-        choose(new_run, "latest", 40, 16)
+    raised(MissingInputError, r"no checkpoint yet", choose, new_run, "latest", 40, 16)
 
 
 READ = {"checkpoint": CheckpointRef(3, 480), "fence": 3, "group": "ema-0.13", "folder": "one", "piece": 12}

@@ -19,7 +19,7 @@ from job.runs.records import load_config
 from job.sampling.sampling_plan import plan_sampling
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, raised, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.leased import DESCRIPTIONS, content_hash, copy_objects, resumed, train
 
@@ -140,10 +140,8 @@ def test_lost_manifests_begin_no_new_run(copy):
     for ref in refs:
         copy.delete(ref.manifest_key)
     missing = rf"{re.escape(copy.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
-    with pytest.raises(BadDataError, match=missing):
-        newest_good(copy)
-    with pytest.raises(BadDataError, match=missing):
-        plan_sampling(SampleRequest("r", bucket=copy.uri.removesuffix("/runs/r")).check())
+    raised(BadDataError, missing, newest_good, copy)
+    raised(BadDataError, missing, plan_sampling, SampleRequest("r", bucket=copy.uri.removesuffix("/runs/r")).check())
 
 
 def test_a_damaged_attempt_retires_nothing(copy, tmp_path):

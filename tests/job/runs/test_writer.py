@@ -7,7 +7,6 @@ import re
 import shutil
 import struct
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from unittest.mock import Mock
 
@@ -28,8 +27,8 @@ from job.stop import GRACE_VARIABLE, Stop
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
-from tests.job.command_line import ddpm_here, settings, succeeded
-from tests.job.launching import eventually
+from tests.job.command_line import ddpm_here, raised, settings, succeeded
+from tests.job.launching import eventually, lasting
 from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, save, writer_of
 
 pytestmark = pytest.mark.usefixtures("notes")
@@ -97,8 +96,7 @@ def test_a_failed_save_is_raised_later(run):
         lambda: writer.put("samples/a.png", b"1", images_seen=80),
         lambda: writer.close(wait=True),
     ):
-        with pytest.raises(BadDataError, match="ate it"):
-            call()
+        raised(BadDataError, "ate it", call)
     assert not list(run.list("checkpoints"))
 
 
@@ -226,8 +224,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
         eventually(lambda: holder.lease.confirmations >= before + 2)
         # Another attempt came while the bucket was away.
         holder.lease.lost = True
-        with pytest.raises(LostRunError):
-            writer.wait()
+        raised(LostRunError, ".", writer.wait)
         assert committed_images(run) == [8, 16]
 
 
@@ -244,8 +241,7 @@ def test_a_lost_run_gets_no_writes(run, queue):
     queue(writer)
     is_queued.set()
     writer._thread.join(10)
-    with pytest.raises(LostRunError):
-        writer.wait()
+    raised(LostRunError, ".", writer.wait)
     assert list(run.list()) == []
 
 
@@ -391,7 +387,6 @@ def test_a_run_that_is_killed_saves_often(tmp_path):
             run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
     # Killed after five seconds, twice: it saves before the next five are over.
     cadences = {name: Cadence(open_store(str(tmp_path / name)), None, 30.0) for name in ("killed", "stopped")}
-    began = time.monotonic()
-    eventually(lambda: cadences["killed"].is_over)
-    assert time.monotonic() - began < 2.5
+    with lasting(at_most=2.5):
+        eventually(lambda: cadences["killed"].is_over)
     assert not cadences["stopped"].is_over

@@ -20,8 +20,9 @@ from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullEr
 from job.store import ObjectMissingError, Retry, Store, files, open_store, open_to_read
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
+from tests.job.command_line import raised
 from tests.job.conftest import point_at
-from tests.job.store.test_store import every_call, keys, raised
+from tests.job.store.test_store import every_call, keys
 from tests.servers import KINDS as SCHEMES
 
 NOBODY = 65534
