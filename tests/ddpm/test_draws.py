@@ -84,20 +84,20 @@ FEW = torch.arange(8)
 FAR = torch.tensor([2**40])
 
 
-@pytest.mark.parametrize(
-    ("found", "pinned"),
-    [
-        (training_noise(42, torch.tensor([0, 2**40]), (1, 2, 2), "cpu"), PINNED_NOISE),
-        (sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu"), "ec92febf3e3edabe012572bf1eda3c3f"),
-        (training_noise(42, FAR, (1, 1, 2), "cpu", 1.0), "0cb49dbf787749bf"),
-        (sampling_noise(torch.tensor([-1]), 1000, (1, 1, 2), "cpu", 1.0), "16b83fc09df0a7bf"),
-        ((training_uniforms(42, FEW) * 1000).long(), [261, 217, 218, 999, 702, 955, 642, 998]),
-        (training_flips(42, FEW).int(), [1, 1, 0, 1, 0, 1, 1, 1]),
-        (torch.tensor(dropout_seed(42, 128)), 2038940925434337306),
-        (drops_label(42, FEW, 0.5).int(), [0, 1, 1, 0, 1, 1, 1, 1]),
-        (torch.tensor([int(conditions_on_itself(42, number)) for number in range(8)]), [0, 1, 1, 1, 0, 1, 0, 1]),
-    ],
-)
+PINNED = [
+    (training_noise(42, torch.tensor([0, 2**40]), (1, 2, 2), "cpu"), PINNED_NOISE),
+    (sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu"), "ec92febf3e3edabe012572bf1eda3c3f"),
+    (training_noise(42, FAR, (1, 1, 2), "cpu", 1.0), "0cb49dbf787749bf"),
+    (sampling_noise(torch.tensor([-1]), 1000, (1, 1, 2), "cpu", 1.0), "16b83fc09df0a7bf"),
+    ((training_uniforms(42, FEW) * 1000).long(), [261, 217, 218, 999, 702, 955, 642, 998]),
+    (training_flips(42, FEW).int(), [1, 1, 0, 1, 0, 1, 1, 1]),
+    (torch.tensor(dropout_seed(42, 128)), 2038940925434337306),
+    (drops_label(42, FEW, 0.5).int(), [0, 1, 1, 0, 1, 1, 1, 1]),
+    (torch.tensor([int(conditions_on_itself(42, number)) for number in range(8)]), [0, 1, 1, 1, 0, 1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize(("found", "pinned"), PINNED)
 def test_draws_are_pinned(found: Tensor, pinned) -> None:
     """A changed value would change the noise of every run that is resumed: these must never be updated.
 

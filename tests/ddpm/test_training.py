@@ -159,15 +159,15 @@ def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
         assert all(torch.equal(value, late[name]) for name, value in alone.items())
 
 
-@pytest.mark.parametrize(
-    ("kind", "freeze", "slots"),
-    [
-        ("unet", ("down", "time_embedding", "conv_out"), None),
-        ("unet", ("conv", "mid"), Slots(3, BATCH_IMAGES)),
-        ("edm2", ("encoder", "conv", "class", "unc"), None),
-        ("dit", ("blocks",), None),
-    ],
-)
+FROZEN = [
+    ("unet", ("down", "time_embedding", "conv_out"), None),
+    ("unet", ("conv", "mid"), Slots(3, BATCH_IMAGES)),
+    ("edm2", ("encoder", "conv", "class", "unc"), None),
+    ("dit", ("blocks",), None),
+]
+
+
+@pytest.mark.parametrize(("kind", "freeze", "slots"), FROZEN)
 def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], slots: Slots | None) -> None:
     """No step, decay, normalisation or average changes them, they have no moments, and all others learn."""
     before, after = (learnt(slots, kind=kind, steps=steps, weight_decay=0.1, freeze=freeze) for steps in (0, 2))

@@ -310,14 +310,14 @@ def is_waiting(pid: int) -> bool:
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text() and not psutil.Process(pid).cpu_percent(0.2)
 
 
-@pytest.mark.parametrize(
-    ("processes", "more", "node", "code", "said"),
-    [
-        # A single rank has the launcher's streams.
-        (1, ("--set", "x=1"), {}, 78, "ddpm: --set: unknown key 'x'"),
-        (2, (), NODE_1, 75, "ddpm: stopped by SIGTERM; the same command begins again\n"),
-    ],
-)
+WAITING = [
+    # A single rank has the launcher's streams.
+    (1, ("--set", "x=1"), {}, 78, "ddpm: --set: unknown key 'x'"),
+    (2, (), NODE_1, 75, "ddpm: stopped by SIGTERM; the same command begins again\n"),
+]
+
+
+@pytest.mark.parametrize(("processes", "more", "node", "code", "said"), WAITING)
 def test_ranks_wait_for_the_checks(tiles, tmp_path, processes, more, node, code, said):
     """They have imported everything while the launcher still checks the command: it alone speaks and writes."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")

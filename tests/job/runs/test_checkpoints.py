@@ -211,17 +211,17 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in theirs.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("changes", "there"),
-    [
-        ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
-        (
-            {"diffusion__schedule": "edm", "diffusion__prediction": "edm"},
-            {"unet/config.json", "id2label.json", "run_config.yaml"},
-        ),
-        ({"model__heads": 2}, set()),
-    ],
-)
+DESCRIBED = [
+    ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
+    (
+        {"diffusion__schedule": "edm", "diffusion__prediction": "edm"},
+        {"unet/config.json", "id2label.json", "run_config.yaml"},
+    ),
+    ({"model__heads": 2}, set()),
+]
+
+
+@pytest.mark.parametrize(("changes", "there"), DESCRIBED)
 def test_only_what_diffusers_has_is_described(changes, there):
     network = {"model__kind": "unet", "model__channel_mults": (1, 2), "model__attention_sizes": (16, 8)}
     config = small_config(data__size=16, data__channels=3, model__num_classes=5, **network | changes)

@@ -160,16 +160,15 @@ def test_one_failure_is_one_request(proxy: FaultyProxy, remote_bucket: str, file
                 proxy.forget()
 
 
-@pytest.mark.parametrize(
-    ("absent_url", "limit_seconds", "words"),
-    [
-        ("refuses", 0.6, r"Connection refused.*\(tried for \d+ s in all\)"),
-        ("reads nothing", 0.6, r"timed out.*\(tried for \d+ s in all\)"),
-        # It is misspelt.
-        ("is unknown", 60, r"not known.*\(tried for 0 s in all\)"),
-    ],
-    indirect=["absent_url"],
-)
+ABSENT = [
+    ("refuses", 0.6, r"Connection refused.*\(tried for \d+ s in all\)"),
+    ("reads nothing", 0.6, r"timed out.*\(tried for \d+ s in all\)"),
+    # It is misspelt.
+    ("is unknown", 60, r"not known.*\(tried for 0 s in all\)"),
+]
+
+
+@pytest.mark.parametrize(("absent_url", "limit_seconds", "words"), ABSENT, indirect=["absent_url"])
 def test_absent_server_is_an_outage(
     remote_bucket: str, absent_url: str, limit_seconds: float, words: str, file: Path, monkeypatch, caplog
 ) -> None:
