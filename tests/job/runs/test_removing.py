@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,8 @@ def run(bucket: Path) -> Store:
     return run
 
 
-def prune(bucket: Path, *words: object):
-    return ddpm_here("runs", "prune", "r", "--bucket", bucket, *words)
-
-
-def delete(bucket: Path, *words: object):
-    return ddpm_here("runs", "delete", "r", "--bucket", bucket, *words)
+prune = partial(ddpm_here, "runs", "prune", "r", "--bucket")
+delete = partial(ddpm_here, "runs", "delete", "r", "--bucket")
 
 
 def everything(run: Store) -> dict[str, bytes]:
