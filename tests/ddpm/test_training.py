@@ -87,10 +87,8 @@ def learnt(
     objective, settings = objective_and_settings(kind, **options)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
-    model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
-        memory_format=memory_format
-    )
-    state = create_state(model, settings.train, settings.averages)
+    model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {}))
+    state = create_state(model.to(memory_format=memory_format), settings.train, settings.averages)
     places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
     batches = [
         SimpleNamespace(

@@ -50,12 +50,8 @@ def test_threads_follow_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(group, "CPU_LIMIT", tmp_path / "cpu.max")
-    for limit, processes, threads in (
-        ("", 2, 32),
-        ("max 100000", 1, 64),
-        ("850000 100000", 2, 4),
-        ("50000 100000", 1, 1),
-    ):
+    limits = [("", 2, 32), ("max 100000", 1, 64), ("850000 100000", 2, 4), ("50000 100000", 1, 1)]
+    for limit, processes, threads in limits:
         (tmp_path / "cpu.max").write_text(limit)
         environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         assert Group(processes).environment(0).items() >= environment.items()
@@ -388,14 +384,12 @@ def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
     more, folder = ("--set", "ema.stds=0.1", "--epochs", 1), hooked(tmp_path / "hooks", job__training__attempt=HOLDS)
     assert place.started("parent", *more).wait(250) == 0
     begins = (*more, "--from", "parent", "--processes")
-    children = {
-        name: place.started(name, *begins, processes, PYTHONPATH=folder, HOLDS=str(tmp_path / name))
-        for name, processes in (("alone", 1), ("together", 2))
-    }
-    assert [child.wait(250) for child in children.values()] == [0, 0]
-    held = {name: [path.read_text() for path in tmp_path.glob(f"{name}-*")] for name in children}
-    assert [len(each) for each in held.values()] == [1, 2]
-    (groups,) = {text for texts in held.values() for text in texts}
+    for name, processes in (("alone", 1), ("together", 2)):
+        child = place.started(name, *begins, processes, PYTHONPATH=folder, HOLDS=str(tmp_path / name))
+        assert child.wait(250) == 0
+        held = {path.read_text() for path in tmp_path.glob("*-*")}
+        assert len([*tmp_path.glob(f"{name}-*")]) == processes
+    (groups,) = held
     by_group = dict(line.split() for line in groups.splitlines())
     assert by_group["model"] == by_group["ema"] == by_group["ema-0.1"] != by_group["optimizer"]
 

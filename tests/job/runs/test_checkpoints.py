@@ -211,12 +211,10 @@ def test_large_weights_have_several_files(bucket, monkeypatch):
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in theirs.state_dict().items())
 
 
+OF_EDM = {"diffusion__schedule": "edm", "diffusion__prediction": "edm"}
 DESCRIBED = [
     ({}, {"unet/config.json", "scheduler/scheduler_config.json", "id2label.json", "run_config.yaml"}),
-    (
-        {"diffusion__schedule": "edm", "diffusion__prediction": "edm"},
-        {"unet/config.json", "id2label.json", "run_config.yaml"},
-    ),
+    (OF_EDM, {"unet/config.json", "id2label.json", "run_config.yaml"}),
     ({"model__heads": 2}, set()),
 ]
 
@@ -225,9 +223,8 @@ DESCRIBED = [
 def test_only_what_diffusers_has_is_described(changes, there):
     network = {"model__kind": "unet", "model__channel_mults": (1, 2), "model__attention_sizes": (16, 8)}
     config = small_config(data__size=16, data__channels=3, model__num_classes=5, **network | changes)
-    _, names, descriptions = checkpoints.files_for_diffusers(
-        config, tuple("abcde"), {"model-00.safetensors": {}, "ema-00.safetensors": {}}
-    )
+    files = {"model-00.safetensors": {}, "ema-00.safetensors": {}}
+    _, names, descriptions = checkpoints.files_for_diffusers(config, tuple("abcde"), files)
     assert descriptions.keys() == there
     assert [*names] == ["ema-00.safetensors"] * bool(there)
 

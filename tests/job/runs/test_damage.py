@@ -186,9 +186,8 @@ def test_a_foreign_checkpoint_is_trained_again(copy, store, tmp_path):
         # The next time it is cut off.
         path = tmp_path / "runs/r" / again.key / "model-00.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
-    assert "`ddpm runs show r` lists the other checkpoints" in refused(
-        ddpm_here(*sample, "--weights", "model"), Exit.BAD_DATA
-    )
+    remedy = refused(ddpm_here(*sample, "--weights", "model"), Exit.BAD_DATA)
+    assert "`ddpm runs show r` lists the other checkpoints" in remedy
     # Without the manifest the one before is drawn from.
     copy.delete(again.manifest_key)
     done = ddpm_here(*sample)
@@ -222,10 +221,8 @@ def test_lost_metrics_change_no_weights(copy, store, tmp_path):
     # What is lost stays named, for `ddpm runs verify`.
     assert {named.key for named in lost} <= load_manifest(copy, last[0]).objects.keys()
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])
-    rows, expected = (
-        read_rows(of, load_manifest(of, ref).metrics, [].append)
-        for of, ref in zip((copy, undisturbed), last, strict=True)
-    )
+    rows = read_rows(copy, load_manifest(copy, last[0]).metrics, [].append)
+    expected = read_rows(undisturbed, load_manifest(undisturbed, last[1]).metrics, [].append)
     for row in rows + expected:
         del row["time"], row["images_per_second"], row["memory_bytes"]
     assert rows == expected[len(lost_rows) :]

@@ -87,16 +87,14 @@ def test_the_last_fence_is_refused(new_run):
 def test_a_silent_lease_is_replaced(new_run, quick_expiry):
     """Whatever it says about the time, and whether or not anybody can read it."""
     intact, elsewhere = by_somebody_elsewhere(new_run, fence=4), "process 77 on 'far-away'"
-    for fence, (content, said) in enumerate(
-        (
-            (by_somebody_elsewhere(new_run, fence=8, since="1999-12-31T23:59:59Z"), elsewhere),
-            (by_somebody_elsewhere(new_run, fence=9, since="2031-01-01T00:00:00Z"), elsewhere),
-            (b"", "damaged"),
-            (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
-            (b'{"fence": 99999999, "released": true}', "damaged"),
-        ),
-        9,
-    ):
+    contents = [
+        (by_somebody_elsewhere(new_run, fence=8, since="1999-12-31T23:59:59Z"), elsewhere),
+        (by_somebody_elsewhere(new_run, fence=9, since="2031-01-01T00:00:00Z"), elsewhere),
+        (b"", "damaged"),
+        (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
+        (b'{"fence": 99999999, "released": true}', "damaged"),
+    ]
+    for fence, (content, said) in enumerate(contents, 9):
         new_run.put(LEASE_KEY, content)
         with lasting(quick_expiry):
             lease = taken(new_run, floor=fence - 1, notes=(notes := []))

@@ -137,10 +137,8 @@ def test_leftovers_of_ended_attempts_go(bucket, run):
     assert named("--dry-run") == anyway | {killed} | pieces
     run.put(LEASE_KEY, of_the_last_attempt)
     # Who knows whether its holder lives? And whoever reads may be making these very pieces.
-    with (
-        damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")),
-        kept_while_read(run, CheckpointRef(2, 80)),
-    ):
+    unreleased = damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false"))
+    with unreleased, kept_while_read(run, CheckpointRef(2, 80)):
         assert named("--dry-run") == anyway | {killed}
     assert unlocked.exists()
     assert named("--dry-run") == named() == anyway | {killed} | orphans_of(FENCE) | pieces

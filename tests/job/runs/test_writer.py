@@ -8,6 +8,7 @@ import shutil
 import struct
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -89,12 +90,13 @@ def test_a_failed_save_is_raised_later(run):
     writer = writer_of(leased(run))
     writer.save(80, [])
     eventually(lambda: writer.troubled)
+    puts = partial(writer.put, "samples/a.png", b"1", images_seen=80)
     for call in (
         writer.wait,
         writer.raise_trouble,
-        lambda: writer.save(160, []),
-        lambda: writer.put("samples/a.png", b"1", images_seen=80),
-        lambda: writer.close(wait=True),
+        partial(writer.save, 160, []),
+        puts,
+        partial(writer.close, wait=True),
     ):
         raised(BadDataError, "ate it", call)
     assert not list(run.list("checkpoints"))
@@ -184,9 +186,8 @@ def test_the_newest_replaces_queued_checkpoints(run, changes):
     writer.save(72, [])
     writer.close(wait=True)
     created = [key for event, _, key in (event.partition(" ") for event in run.events) if event == "create"]
-    assert [key for key in created if key.endswith("MANIFEST.json")] == [
-        CheckpointRef(1, images_seen).manifest_key for images_seen in (24, 48, 72)
-    ]
+    committed = [CheckpointRef(1, images_seen).manifest_key for images_seen in (24, 48, 72)]
+    assert [key for key in created if key.endswith("MANIFEST.json")] == committed
     # What they say of metrics is there, for people's tools as well.
     metrics = load_manifest(run, max(list_checkpoints(run))).metrics
     assert read_rows(run, metrics, pytest.fail) == rows
@@ -258,11 +259,8 @@ def test_a_short_grace_shortens_the_cadence(tiles, tmp_path, notes, monkeypatch)
     assert (notes, len(list_checkpoints(open_store(str(bucket)).sub("runs/enough")))) == ([], 2)
     succeeded(ddpm_here(*words, "--run", "short", **{GRACE_VARIABLE: "2"}))
     assert len(list_checkpoints(open_store(str(bucket)).sub("runs/short"))) > 2
-    assert re.fullmatch(
-        r"a save takes about \d+\.\d s, which does not fit into the 2 s between a preemption notice and the end: "
-        r"saving every 0\.\d instead of 7 minutes",
-        notes.pop(),
-    )
+    said = r"a save takes about \d+\.\d s, which does not fit into the 2 s between a preemption notice and the end: "
+    assert re.fullmatch(said + r"saving every 0\.\d instead of 7 minutes", notes.pop())
 
 
 # --- the metrics of a run that saves often: few objects, and every row, whatever is kept and whoever goes on

@@ -169,9 +169,7 @@ ABSENT = [
 
 
 @pytest.mark.parametrize(("absent_url", "limit_seconds", "words"), ABSENT, indirect=["absent_url"])
-def test_absent_server_is_an_outage(
-    remote_bucket: str, absent_url: str, limit_seconds: float, words: str, file: Path, monkeypatch, caplog
-) -> None:
+def test_absent_server_is_an_outage(remote_bucket, absent_url, limit_seconds, words, file, monkeypatch, caplog) -> None:
     # More than a socket takes of it.
     file.write_bytes(bytes(LARGE_BYTES))
     monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.3)

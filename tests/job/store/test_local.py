@@ -95,6 +95,7 @@ def test_impossible_objects_are_refused(store: Store, bucket: Path, tmp_path: Pa
     (outside / "secret").write_bytes(b"secret")
     for link, target in (("folder", outside), ("file", outside / "secret"), ("dangling", outside / "new")):
         (bucket / link).symlink_to(target)
+    outward = ("folder/secret", "folder/new", "file", "dangling")
     for key, names, error, words in (
         ("a/b/c", "create put", BadRequestError, "Not a directory: choose another name"),
         ("a", "put", BadRequestError, "Is a directory"),
@@ -103,10 +104,7 @@ def test_impossible_objects_are_refused(store: Store, bucket: Path, tmp_path: Pa
         ("a/pipe", "read open", ObjectMissingError, "pipe"),
         ("a/pipe", "create", BadDataError, "a/pipe is a folder or a pipe, where an object belongs"),
         ("a/empty", "create", BadDataError, "a/empty is a folder or a pipe, where an object belongs"),
-        *(
-            (key, "read open delete put", BadRequestError, "leads out of")
-            for key in ("folder/secret", "folder/new", "file", "dangling")
-        ),
+        *((key, "read open delete put", BadRequestError, "leads out of") for key in outward),
     ):
         for name in names.split():
             raised(error, words, every_call(store, tmp_path, key)[name])
@@ -235,14 +233,10 @@ def test_no_permission(store: Store, bucket: Path, tmp_path: Path, request: pyte
 def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for uri, path in (
-        *(
-            (uri.format(tmp_path / "a b"), "a b")
-            for uri in ("{}", "file://{}", "file://localhost{}", "FILE://{}/", "{}/x/..")
-        ),
-        *(("./bucket", "bucket"), ("bucket/", "bucket"), ("~/bucket", "home/bucket"), ("100%25", "100%25")),
-        *(("file:///100%25", "/100%"), ("/", "/")),
-    ):
+    whole = ("{}", "file://{}", "file://localhost{}", "FILE://{}/", "{}/x/..")
+    paths = {uri.format(tmp_path / "a b"): "a b" for uri in whole} | {"file:///100%25": "/100%", "/": "/"}
+    paths |= {"./bucket": "bucket", "bucket/": "bucket", "~/bucket": "home/bucket", "100%25": "100%25"}
+    for uri, path in paths.items():
         assert open_store(uri).uri == str(tmp_path / path), uri
     assert open_store("/").uri_of("etc/hosts") == "/etc/hosts"
     assert list(tmp_path.iterdir()) == []

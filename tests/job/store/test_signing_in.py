@@ -244,13 +244,13 @@ def test_azure_cli_signs_in(azure_container: str, azurite_server: str, tmp_path:
     (tmp_path / ".azure").mkdir()
     (tmp_path / ".azure" / "azureProfile.json").write_text("{}")
     token = {"accessToken": "its-token", "expiresOn": "2100-01-01 00:00:00.000000", "tokenType": "Bearer"}
+    token |= {"subscription": "s", "tenant": "t"}
     with FaultyProxy(azurite_server) as proxy:
         monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{proxy.url}/devstoreaccount1")
         proxy.instead = lambda request: asked.append(request)
-        for answer, words in (
-            (f"echo '{json.dumps(token | {'subscription': 's', 'tenant': 't'})}'", "grant the account|credentials"),
-            ("echo 'ERROR: Please run az login' >&2; exit 1", "no usable Azure credentials"),
-        ):
+        gives = f"echo '{json.dumps(token)}'"
+        refuses = "echo 'ERROR: Please run az login' >&2; exit 1"
+        for answer, words in ((gives, "grant the account|credentials"), (refuses, "no usable Azure credentials")):
             (tmp_path / "az").write_text(f"#!/bin/sh\n{answer}\n")
             (tmp_path / "az").chmod(0o755)
             raised(NoPermissionError, words, open_store(azure_container, Retry(0)).read, "key")
