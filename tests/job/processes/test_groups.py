@@ -371,7 +371,6 @@ def test_changing_processes_learn_the_same(place, started, precision, bound, sta
         stopped(started(name := f"moving-{precision}", precision, processes, stop_at_image, *options))
         world_size, found = losses_of(run := place.run(name))
         assert (world_size, max(found)) == (processes, max(list_checkpoints(run)).images_seen)
-        assert max(found) in range(stop_at_image - 10, stop_at_image + 11)
     stopped(alone)
     _, expected = losses_of(place.run(f"alone-{precision}"))
     assert [*found] == [*range(10, max(found) + 1, 10)]
