@@ -3,8 +3,8 @@
 The judges are torchvision, matrices of the tests' own and functions that are known everywhere.
 """
 
-import hashlib
 import math
+import struct
 from dataclasses import replace
 from itertools import product
 
@@ -18,6 +18,7 @@ from torchvision.transforms import functional as torchvision
 from ddpm.augment import LABELS, Augmentation, Latents, random_boxes, random_transforms, transform
 from ddpm.image_size import ImageSize
 from ddpm.randomness import (
+    Purpose,
     _box_muller,
     conditions_on_itself,
     dropout_seed,
@@ -58,22 +59,45 @@ def test_philox_gives_the_known_answers() -> None:
         assert tuple(found) == philox((c0, c1, c2, c3), (k0, k1))
 
 
-def sha256_of(tensor: Tensor) -> str:
-    """Of little-endian bytes, cut short."""
-    data = tensor.numpy()
-    return hashlib.sha256(data.astype(data.dtype.newbyteorder("<")).tobytes()).hexdigest()[:16]
+def box_muller_one_at_a_time(radius_word: int, angle_word: int) -> tuple[float, float]:
+    """The module's arithmetic in Python's floats: IEEE 754 doubles, no vectors, no fused operations."""
+
+    def series(x: float, coefficients: list[float]) -> float:
+        total = coefficients[-1]
+        for coefficient in reversed(coefficients[:-1]):
+            total = total * x + coefficient
+        return total
+
+    fraction, exponent = math.frexp((radius_word + 0.5) * 2.0**-32)
+    z = (2 * fraction - math.sqrt(2)) / (2 * fraction + math.sqrt(2))
+    logarithm = series(z * z, [2 / (2 * k + 1) for k in range(9)]) * z + (exponent - 1 + 0.5) * math.log(2)
+    squared_radius = logarithm * -2
+    (bits,) = struct.unpack("<q", struct.pack("<d", squared_radius))
+    (inverse,) = struct.unpack("<d", struct.pack("<q", int(1.5 * (1023 - 0.045) * 2**52) - (bits >> 1)))
+    for _ in range(4):
+        inverse *= (inverse * inverse) * (squared_radius * -0.5) + 1.5
+    radius = inverse * squared_radius
+
+    angle = (angle_word - 2**31) * (math.pi / 2**33)
+    cosine = series(angle * angle, [(-1) ** k / math.factorial(2 * k) for k in range(8)])
+    sine = series(angle * angle, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]) * angle
+    for _ in range(2):
+        cosine, sine = (cosine - sine) * (cosine + sine), cosine * sine * 2
+    return cosine * radius, sine * radius
 
 
 def test_noise_is_plain_ieee_arithmetic() -> None:
-    """So it is the same on every processor and card: library functions differ in the last bit, +, -, × and ÷ do not.
-
-    The hashes are those of the same arithmetic in Python's floats: IEEE 754 doubles, no vectors, no fused operations.
-    """
-    noise = training_noise(0x1234567890ABCDEF, torch.tensor([7, 5_000_000_123]), (1, 100, 200), "cpu")[1]
-    assert sha256_of(noise) == "4a6c8e7480402f42"
+    """So it is the same on every processor and card: library functions differ in the last bit, +, -, × and ÷ do not."""
+    seed, number, blocks = 0x1234567890ABCDEF, 5_000_000_123, torch.arange(5_000)
+    noise = training_noise(seed, torch.tensor([7, number]), (1, 100, 200), "cpu")[1].view(-1, 4)
+    counter = (blocks, Purpose.TRAINING_NOISE, number % 2**32, number // 2**32)
+    words = torch.stack(philox(counter, (0x90ABCDEF, 0x12345678)), dim=1)
+    expected = [box_muller_one_at_a_time(a, b) + box_muller_one_at_a_time(c, d) for a, b, c, d in words.tolist()]
+    assert torch.equal(noise, torch.tensor(expected, dtype=torch.float64).float())
     extremes = [*product([0, 1, 2**31 - 1, 2**31, ONES], repeat=2)]
     pairs = torch.stack(_box_muller(*torch.tensor(extremes).unbind(1)), dim=1)
-    assert sha256_of(pairs) == "c7cddadb2bfbb877"
+    expected = [box_muller_one_at_a_time(a, b) for a, b in extremes]
+    assert torch.equal(pairs, torch.tensor(expected, dtype=torch.float64))
     for (radius_word, angle_word), pair in zip(extremes, pairs.tolist(), strict=True):
         radius = math.sqrt(-2 * math.log((radius_word + 0.5) / 2**32))
         angle = math.pi * (angle_word / 2**31 - 1)
@@ -84,20 +108,20 @@ FEW = torch.arange(8)
 FAR = torch.tensor([2**40])
 
 
-PINNED = [
-    (training_noise(42, torch.tensor([0, 2**40]), (1, 2, 2), "cpu"), PINNED_NOISE),
-    (sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu"), "ec92febf3e3edabe012572bf1eda3c3f"),
-    (training_noise(42, FAR, (1, 1, 2), "cpu", 1.0), "0cb49dbf787749bf"),
-    (sampling_noise(torch.tensor([-1]), 1000, (1, 1, 2), "cpu", 1.0), "16b83fc09df0a7bf"),
-    ((training_uniforms(42, FEW) * 1000).long(), [261, 217, 218, 999, 702, 955, 642, 998]),
-    (training_flips(42, FEW).int(), [1, 1, 0, 1, 0, 1, 1, 1]),
-    (torch.tensor(dropout_seed(42, 128)), 2038940925434337306),
-    (drops_label(42, FEW, 0.5).int(), [0, 1, 1, 0, 1, 1, 1, 1]),
-    (torch.tensor([int(conditions_on_itself(42, number)) for number in range(8)]), [0, 1, 1, 1, 0, 1, 0, 1]),
-]
-
-
-@pytest.mark.parametrize(("found", "pinned"), PINNED)
+@pytest.mark.parametrize(
+    ("found", "pinned"),
+    [
+        (training_noise(42, torch.tensor([0, 2**40]), (1, 2, 2), "cpu"), PINNED_NOISE),
+        (sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu"), "ec92febf3e3edabe012572bf1eda3c3f"),
+        (training_noise(42, FAR, (1, 1, 2), "cpu", 1.0), "0cb49dbf787749bf"),
+        (sampling_noise(torch.tensor([-1]), 1000, (1, 1, 2), "cpu", 1.0), "16b83fc09df0a7bf"),
+        ((training_uniforms(42, FEW) * 1000).long(), [261, 217, 218, 999, 702, 955, 642, 998]),
+        (training_flips(42, FEW).int(), [1, 1, 0, 1, 0, 1, 1, 1]),
+        (torch.tensor(dropout_seed(42, 128)), 2038940925434337306),
+        (drops_label(42, FEW, 0.5).int(), [0, 1, 1, 0, 1, 1, 1, 1]),
+        (torch.tensor([int(conditions_on_itself(42, number)) for number in range(8)]), [0, 1, 1, 1, 0, 1, 0, 1]),
+    ],
+)
 def test_draws_are_pinned(found: Tensor, pinned) -> None:
     """A changed value would change the noise of every run that is resumed: these must never be updated.
 
@@ -250,25 +274,59 @@ def test_the_first_box_that_fits_counts() -> None:
     assert random_boxes(u, (0.25, 1.0), SIZE).tolist() == [[0, 0, 24, 24], [12, 0, 12, 12], [12, 0, 12, 12]]
 
 
-TRANSFORMS = [
-    (ImageSize(64, 64), (-0.004267, 0.027519, 0.000474)),
-    (ImageSize(48, 80), (-0.006492, 0.027519, -0.000064)),
-]
+def _matrix(*rows: list[float]) -> np.ndarray:
+    """The first two rows of a matrix of homogeneous coordinates, as one."""
+    return np.array([*rows, [0, 0, 1]])
 
 
-@pytest.mark.parametrize(("size", "pinned"), TRANSFORMS, ids=str)
-def test_transforms_are_edms(size: ImageSize, pinned: tuple[float, ...]) -> None:
-    """The sums were pinned when EDM's `training/augment.py`, written out in matrices, led to the same places."""
-    u = torch.rand(200, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def _scaled(x: float, y: float) -> np.ndarray:
+    return _matrix([x, 0, 0], [0, y, 0])
+
+
+def _rotated(angle: float) -> np.ndarray:
+    return _matrix([math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0])
+
+
+def _source_in_edm(label: list[float], sign: int, size: ImageSize) -> np.ndarray:
+    """EDM's `G_inv` in pixels from the middle, y down, written out from its `training/augment.py`, flips included."""
+    flip, turn, scale, cosine, sine, along, across, right, down = label
+    stretch, axis = sign * math.hypot(along, across), math.atan2(across, along)
+    matrix = _scaled(1 - 2 * flip, 1 - 2 * turn) @ _scaled(2 ** (-0.2 * scale), 2 ** (-0.2 * scale))
+    matrix = matrix @ _rotated(math.atan2(sine, cosine + 1))
+    matrix = matrix @ _rotated(-axis) @ _scaled(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)) @ _rotated(axis)
+    return matrix @ _matrix([1, 0, -right * size.width / 8], [0, 1, -down * size.height / 8])
+
+
+@pytest.mark.parametrize("size", [ImageSize(64, 64), ImageSize(48, 80)], ids=str)
+def test_transforms_are_edms(size: ImageSize) -> None:
+    """A smooth function in the place of an image is known beyond its pixels: the result is the function elsewhere.
+
+    EDM's label (w cos r, w sin r) is that of a stretch along r, or else of as strong a squeeze: both are drawn.
+    """
+
+    def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.sin(1.3 * x + 0.4) * np.cos(0.9 * y - 0.2) + 0.3 * x
+
+    count, middle = 200, np.array(size.shape) / 2
+    u = torch.rand(count, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrices, labels = random_transforms(u, 0.5, size)
-    y, x = torch.meshgrid(torch.arange(size.height) / 32, torch.arange(size.width) / 32, indexing="ij")
-    images = torch.sin(1.3 * x + 0.4) * torch.cos(0.9 * y - 0.2) + 0.3 * x
-    found = transform(images.expand(200, 1, -1, -1), matrices.view(-1, 2, 3).float(), labels.float())
-    # With random signs no wrong one hides.
-    sums = [
-        (each.double() * normal(9, (each.numel(),)).view_as(each)).mean().item() for each in (matrices, labels, found)
-    ]
-    assert sums == pytest.approx(pinned, rel=0, abs=2e-6)
+    x, y = np.meshgrid(*(np.arange(side) - (side - 1) / 2 for side in (size.width, size.height)))
+    images = torch.from_numpy(smooth(x / 32, y / 32)).float().expand(count, 1, -1, -1)
+    found = transform(images, matrices.view(-1, 2, 3).float(), labels.float())[:, 0].numpy()
+    compared, squeezes = 0, []
+    for number, label in enumerate(labels.tolist()):
+        fits = {}
+        for sign in (1, -1):
+            at = _source_in_edm(label, sign, size) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+            source_x, source_y, _ = at.reshape(3, *x.shape)
+            inside = (abs(source_x) < middle[1] - 2) & (abs(source_y) < middle[0] - 2)
+            compared += inside.sum() / 2
+            fits[sign] = abs(found[number] - smooth(source_x / 32, source_y / 32))[inside].max(initial=0) < 4e-3
+        assert any(fits.values()), number
+        if any(label[5:7]) and not all(fits.values()):
+            squeezes.append(fits[-1])
+    assert compared > count * x.size / 3
+    assert len(squeezes) > 80 and 0.3 < np.mean(squeezes) < 0.7
 
 
 def test_rotations_are_counterclockwise() -> None:

@@ -135,19 +135,19 @@ def test_pages_are_as_wide_as_they_may_be() -> None:
 IMAGES = random_images(4, 8, 8, 3)
 
 
-MISMATCHES = [
-    (lambda: figures.image_grid(IMAGES, 2, labels=["a", "b", "c"]), "3 captions for 4 places"),
-    (lambda: figures.image_grid(IMAGES[..., :2], 2), "expected uint8"),
-    (lambda: figures.pairs_grid(IMAGES, IMAGES[:3]), "do not pair up"),
-    (lambda: figures.nearest_pairs(IMAGES, IMAGES[:, :4]), "training images are"),
-    (lambda: figures.comparison([], []), "nothing to compare"),
-    (lambda: figures.noising_figure(IMAGES, torch.zeros(4, 3, 8, 8), ["t"] * 3), "3 labels"),
-    (lambda: figures.contact_sheet(IMAGES, [0, 1]), "2 labels for 4 images"),
-    (lambda: figures.denoising_gif([IMAGES] * 2, labels=["t = 1"]), "2 frames"),
-]
-
-
-@pytest.mark.parametrize(("make", "said"), MISMATCHES)
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: figures.image_grid(IMAGES, 2, labels=["a", "b", "c"]), "3 captions for 4 places"),
+        (lambda: figures.image_grid(IMAGES[..., :2], 2), "expected uint8"),
+        (lambda: figures.pairs_grid(IMAGES, IMAGES[:3]), "do not pair up"),
+        (lambda: figures.nearest_pairs(IMAGES, IMAGES[:, :4]), "training images are"),
+        (lambda: figures.comparison([], []), "nothing to compare"),
+        (lambda: figures.noising_figure(IMAGES, torch.zeros(4, 3, 8, 8), ["t"] * 3), "3 labels"),
+        (lambda: figures.contact_sheet(IMAGES, [0, 1]), "2 labels for 4 images"),
+        (lambda: figures.denoising_gif([IMAGES] * 2, labels=["t = 1"]), "2 frames"),
+    ],
+)
 def test_arguments_that_do_not_match_are_refused(make: Callable[[], object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()

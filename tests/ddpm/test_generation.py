@@ -184,8 +184,9 @@ def test_inpainting_follows_the_known_part() -> None:
         points, means = make_grid(process, 60, "trailing"), []
         for resamplings in (1, 10):
             path = editing.resampled(60, 5, resamplings)
-            how = {"image": image, "unknown": hidden, "path": path}
-            found = editing.inpaint(ancestral, denoise, points, partial(normal, shape=shape), **how)
+            found = editing.inpaint(
+                ancestral, denoise, points, partial(normal, shape=shape), image=image, unknown=hidden, path=path
+            )
             assert torch.equal(found[..., 0], image[..., 0]), "what is known stays as it is"
             means.append(found[..., 1].mean().item())
         assert means[1] == pytest.approx(correlation * known, abs=0.03), (process, means)
@@ -237,8 +238,9 @@ def test_inversion_is_closer_than_diffusers(make, table) -> None:
         for judge in judges:
             judge.set_timesteps(steps)
             for t in judge.timesteps:
-                point = point_of(process, int(t))
-                x = judge.step(Visit(point, x, data.denoise(x, point)).epsilon, t, x).prev_sample
+                x = judge.step(
+                    Visit(point := point_of(process, int(t)), x, data.denoise(x, point)).epsilon, t, x
+                ).prev_sample
         theirs.append(rms(x - image))
     assert ours[0] < 0.6 * theirs[0] and ours[1] < 0.25 * theirs[1] and ours[2] < 0.1 * theirs[2], (ours, theirs)
     assert ours[2] < 0.3 * ours[1], ours

@@ -36,18 +36,18 @@ def unet2d_config(**options):
     return interop.unet2d_config(catalogue.UNetConfig(**options), **about_images)
 
 
-NETWORKS = [
-    {},
-    {"conventions": "diffusers", "head_channels": 8, "num_classes": 5},
-    {"heads": 2, "channel_mults": (1, 2, 2), "layers_per_level": 3},
-    {"scale_shift": True, "resample_in_blocks": True, "head_channels": 4, "in_channels": 1, "out_channels": 2},
-    {"attention_sizes": (16, 4), "resample_in_blocks": True, "conventions": "diffusers", "layers_per_level": 2},
-    {"image_size": ImageSize(64, 96), "attention_sizes": (32,), "conventions": "diffusers", "head_channels": 8},
-    {"image_size": ImageSize(32, 16), "attention_sizes": (8,)},
-]
-
-
-@pytest.mark.parametrize("changes", NETWORKS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"conventions": "diffusers", "head_channels": 8, "num_classes": 5},
+        {"heads": 2, "channel_mults": (1, 2, 2), "layers_per_level": 3},
+        {"scale_shift": True, "resample_in_blocks": True, "head_channels": 4, "in_channels": 1, "out_channels": 2},
+        {"attention_sizes": (16, 4), "resample_in_blocks": True, "conventions": "diffusers", "layers_per_level": 2},
+        {"image_size": ImageSize(64, 96), "attention_sizes": (32,), "conventions": "diffusers", "head_channels": 8},
+        {"image_size": ImageSize(32, 16), "attention_sizes": (8,)},
+    ],
+)
 def test_networks_equal_diffusers(changes):
     options = SMALL | changes
     config = unet2d_config(**options)
@@ -88,39 +88,43 @@ def scheduler_with(changes):
     return interop.scheduler_config(Diffusion(**changes), SampleOptions())
 
 
-OF_NETWORKS = [
-    ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-    ({"act_fn": "relu"}, "act_fn='relu'"),
-    ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
-    ({"freq_shift": 0}, "freq_shift=0"),
-    ({"sample_size": None}, "ValueError: write 64 for a square"),
-    ({"sample_size": [16, 32, 32]}, "TypeError"),
-    ({"block_out_channels": []}, "down_block_types"),
-    ({"block_out_channels": [0, 0, 0]}, "ZeroDivisionError"),
-    ({"block_out_channels": [8, 12, 16]}, "block_out_channels=[8, 12, 16]"),
-    ({"block_out_channels": [8, 16]}, "down_block_types"),
-    ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
-    ({"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types"),
-    ({"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
-    ({"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart: input should be less than"),
-    ({"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
-    ({"attn_norm_num_groups": 8}, "attn_norm_num_groups=8"),
-    ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
-]
-OF_PROCESSES = [
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500}, "num_train_timesteps=500"),
-    ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler"),
-    ({"variance_type": "learned"}, "learned_range has"),
-    ({"thresholding": True}, "thresholding=True"),
-    ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-    ({"beta_schedule": "laplace"}, "laplace"),
-    ({"beta_end": 0.012}, "0.012"),
-    ({"prediction_type": "flow_prediction"}, "flow_prediction"),
-]
 WITHOUT_COUNTERPART = [
-    *((options_with, *row) for row in OF_NETWORKS),
-    *((interop.process_options, *row) for row in OF_PROCESSES),
+    *(
+        (options_with, changes, said)
+        for changes, said in (
+            ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+            ({"act_fn": "relu"}, "act_fn='relu'"),
+            ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+            ({"freq_shift": 0}, "freq_shift=0"),
+            ({"sample_size": None}, "ValueError: write 64 for a square"),
+            ({"sample_size": [16, 32, 32]}, "TypeError"),
+            ({"block_out_channels": []}, "down_block_types"),
+            ({"block_out_channels": [0, 0, 0]}, "ZeroDivisionError"),
+            ({"block_out_channels": [8, 12, 16]}, "block_out_channels=[8, 12, 16]"),
+            ({"block_out_channels": [8, 16]}, "down_block_types"),
+            ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
+            ({"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types"),
+            ({"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
+            ({"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart: input should be less than"),
+            ({"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
+            ({"attn_norm_num_groups": 8}, "attn_norm_num_groups=8"),
+            ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
+        )
+    ),
+    *(
+        (interop.process_options, changes, said)
+        for changes, said in (
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500}, "num_train_timesteps=500"),
+            ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler"),
+            ({"variance_type": "learned"}, "learned_range has"),
+            ({"thresholding": True}, "thresholding=True"),
+            ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+            ({"beta_schedule": "laplace"}, "laplace"),
+            ({"beta_end": 0.012}, "0.012"),
+            ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        )
+    ),
     (config_with, {"heads": 2}, "16 and 24 channels"),
     (scheduler_with, {"schedule": "flow"}, "schedule=flow"),
     (scheduler_with, {"prediction": "edm"}, "prediction=edm"),
@@ -267,52 +271,52 @@ def test_a_last_class_without_a_name_guides(pipeline, tmp_path):
     torch.testing.assert_close(unguided, numbered.sample(1, classes=3, steps=5, as_tensor=True), atol=1e-5, rtol=0)
 
 
-SAMPLES = [
-    ({"classes": "4"}, "unknown class '4'; there are 4: 0, 1, 2, 3"),
-    ({"sampler": "ddin"}, "unknown sampler 'ddin': choose one of ddpm, ddim"),
-    ({"steps": 51}, "steps must be between 1 and 50"),
-    ({"grid": "even"}, "unknown grid 'even'"),
-    ({"images": 0}, "images=0: use 1 or more"),
-    ({"batch_size": -1}, "batch_size=-1: use 1 or more"),
-    ({"steps": 0}, "steps=0: use 1 or more"),
-    ({"seed": -1}, "seeds are from 0"),
-    ({"seed": 2**70}, r"seeds are from 0 to 2\^63 - 1"),
-    ({"eta": -1}, "eta from 0 to 1"),
-    ({"classes": []}, "name one at least"),
-    ({"classes": True}, "unknown class True"),
-    ({"classes": 1.0}, "unknown class 1.0"),
-    ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
-]
-
-
-@pytest.mark.parametrize(("options", "said"), SAMPLES)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classes": "4"}, "unknown class '4'; there are 4: 0, 1, 2, 3"),
+        ({"sampler": "ddin"}, "unknown sampler 'ddin': choose one of ddpm, ddim"),
+        ({"steps": 51}, "steps must be between 1 and 50"),
+        ({"grid": "even"}, "unknown grid 'even'"),
+        ({"images": 0}, "images=0: use 1 or more"),
+        ({"batch_size": -1}, "batch_size=-1: use 1 or more"),
+        ({"steps": 0}, "steps=0: use 1 or more"),
+        ({"seed": -1}, "seeds are from 0"),
+        ({"seed": 2**70}, r"seeds are from 0 to 2\^63 - 1"),
+        ({"eta": -1}, "eta from 0 to 1"),
+        ({"classes": []}, "name one at least"),
+        ({"classes": True}, "unknown class True"),
+        ({"classes": 1.0}, "unknown class 1.0"),
+        ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
+    ],
+)
 def test_impossible_samples_are_refused(pipeline, options, said):
     with pytest.raises(ValueError, match=said):
         ddpm.load(pipeline, device="cpu").sample(**{"images": 1, **options})
 
 
-FOLDERS = [
-    ("unet/config.json", None, "is not a diffusers folder: neither unet/config.json nor config.json"),
-    ("unet/config.json", "[]", "does not hold a JSON object"),
-    ("unet/config.json", "{", "cannot be loaded"),
-    ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "it is a UNet2DConditionModel"),
-    ("unet/diffusion_pytorch_model.safetensors", None, "only safetensors are read here"),
-    ("unet/diffusion_pytorch_model.safetensors", "no tensors", "cannot be loaded"),
-    ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "cannot be loaded"),
-    ("scheduler/scheduler_config.json", '{"num_train_timesteps": 1e12}', "cannot be loaded"),
-    ("scheduler/scheduler_config.json", '{"_class_name": "EDMEulerScheduler"}', "no counterpart"),
-    ("id2label.json", '{"0": "sky", "1": "sea"}', "does not name the 4 classes"),
-    ("id2label.json", '{"1": "a", "2": "b", "3": "c", "4": "d"}', "does not name the 4 classes"),
-    ("unet/config.json", {"out_channels": 6}, "maps 3 channels to 6"),
-    ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart"),
-    ("unet/config.json", {"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
-    # A network within the limits, of 12 GB.
-    ("unet/config.json", {"num_class_embeds": 10**8}, "size mismatch for class_embedding.weight"),
-    ("", None, "is not a folder"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "said"), FOLDERS)
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("unet/config.json", None, "is not a diffusers folder: neither unet/config.json nor config.json"),
+        ("unet/config.json", "[]", "does not hold a JSON object"),
+        ("unet/config.json", "{", "cannot be loaded"),
+        ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "it is a UNet2DConditionModel"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "only safetensors are read here"),
+        ("unet/diffusion_pytorch_model.safetensors", "no tensors", "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": 1e12}', "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "EDMEulerScheduler"}', "no counterpart"),
+        ("id2label.json", '{"0": "sky", "1": "sea"}', "does not name the 4 classes"),
+        ("id2label.json", '{"1": "a", "2": "b", "3": "c", "4": "d"}', "does not name the 4 classes"),
+        ("unet/config.json", {"out_channels": 6}, "maps 3 channels to 6"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_level=1000000000 has no counterpart"),
+        ("unet/config.json", {"num_class_embeds": 10**10}, "num_classes=10000000000 has no counterpart"),
+        # A network within the limits, of 12 GB.
+        ("unet/config.json", {"num_class_embeds": 10**8}, "size mismatch for class_embedding.weight"),
+        ("", None, "is not a folder"),
+    ],
+)
 def test_damaged_folders_are_refused(pipeline, tmp_path, name: str, content: str | dict[str, Any] | None, said: str):
     """Content is a text, or changes of an object; None: the file is missing. Forged sizes build nothing."""
     path: Path = shutil.copytree(pipeline, tmp_path / "folder") / name

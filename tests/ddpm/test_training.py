@@ -15,18 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
-from mpmath import mp, mpf
 from torch import Tensor, multiprocessing, nn
 
 from ddpm import training
 from ddpm.augment import Augmentation
 from ddpm.catalogue import NETWORKS, Diffusion, Train
-from ddpm.ema import EMA, Exponential, PowerFunction, Stored, reconstruct
+from ddpm.ema import Exponential, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
-from ddpm.optimizer import Adam, Muon, learning_rate_at
 from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.state import TrainState, create_state, loss_row
@@ -87,8 +83,10 @@ def learnt(
     objective, settings = objective_and_settings(kind, **options)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
-    model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {}))
-    state = create_state(model.to(memory_format=memory_format), settings.train, settings.averages)
+    model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
+        memory_format=memory_format
+    )
+    state = create_state(model, settings.train, settings.averages)
     places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
     batches = [
         SimpleNamespace(
@@ -157,15 +155,15 @@ def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
         assert all(torch.equal(value, late[name]) for name, value in alone.items())
 
 
-FROZEN = [
-    ("unet", ("down", "time_embedding", "conv_out"), None),
-    ("unet", ("conv", "mid"), Slots(3, BATCH_IMAGES)),
-    ("edm2", ("encoder", "conv", "class", "unc"), None),
-    ("dit", ("blocks",), None),
-]
-
-
-@pytest.mark.parametrize(("kind", "freeze", "slots"), FROZEN)
+@pytest.mark.parametrize(
+    ("kind", "freeze", "slots"),
+    [
+        ("unet", ("down", "time_embedding", "conv_out"), None),
+        ("unet", ("conv", "mid"), Slots(3, BATCH_IMAGES)),
+        ("edm2", ("encoder", "conv", "class", "unc"), None),
+        ("dit", ("blocks",), None),
+    ],
+)
 def test_frozen_parts_keep_every_bit(kind: str, freeze: tuple[str, ...], slots: Slots | None) -> None:
     """No step, decay, normalisation or average changes them, they have no moments, and all others learn."""
     before, after = (learnt(slots, kind=kind, steps=steps, weight_decay=0.1, freeze=freeze) for steps in (0, 2))
@@ -304,153 +302,3 @@ def test_threads_compute_alone_and_in_order() -> None:
 def test_groups_are_small_and_an_even_number() -> None:
     assert [group_of(images) for images in (1, 2, 8, 10, 16, 20, 32, 40, 64)] == [1, 1, 4, 5, 8, 5, 8, 7, 8]
     assert max(map(group_of, range(1, 1000))) == 8
-
-
-# --- steps, the learning rate and the averages of the weights, against other libraries and formulas
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("kind", [Adam, Muon])
-def test_steps_are_pytorchs(kind: type[Adam], weight_decay: float) -> None:
-    """Adam's are equal; Muon's are so within bf16, in which PyTorch's own computes, and of matrices alone."""
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 50), nn.Conv2d(8, 24, 3))
-    theirs = {name: nn.Parameter(p.detach().clone().flatten(min(p.ndim - 1, 1))) for name, p in ours.named_parameters()}
-    turned = {name for name in theirs if kind is Muon and name.endswith("weight")}
-    options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    of_adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
-    peers = [of_adam([p for name, p in theirs.items() if name not in turned], fused=True, **options)]
-    if turned:
-        matrices = [theirs[name] for name in turned]
-        peers.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    optimizer = kind(ours.named_parameters(), Train(adam_betas=(0.8, 0.95), adam_eps=1e-6, weight_decay=weight_decay))
-    assert optimizer.exp_avg_sq.keys() == theirs.keys() - turned
-    for step in range(5):
-        rate = 1e-2 / (step + 1)
-        for name, parameter in ours.named_parameters():
-            parameter.grad = torch.randn_like(parameter)
-            theirs[name].grad = parameter.grad.clone().view_as(theirs[name])
-        optimizer.step(rate)
-        for peer in peers:
-            peer.param_groups[0]["lr"] = rate
-            peer.step()
-        for name, parameter in ours.named_parameters():
-            # A step has a size of about the rate, and bf16 has eight bits.
-            bound = 4e-4 if name in turned else 0
-            torch.testing.assert_close(parameter.view_as(theirs[name]), theirs[name], rtol=0, atol=bound)
-
-
-def test_learning_rate_follows_images_seen() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
-    peer = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=20)
-    train = Train(24, None, 2e-4, 4 * 24, "cosine", 20 * 24)
-    for step in range(25):
-        # Theirs begins with a step at a learning rate of zero.
-        theirs = peer.get_last_lr()[0] if step >= 4 else 2e-4 * (step + 1) / 4
-        if step <= 20:
-            assert learning_rate_at(train, 24 * step) == pytest.approx(theirs, abs=1e-18), step
-        optimizer.step()
-        peer.step()
-    assert learning_rate_at(train, 24 * 21) == learning_rate_at(train, 24 * 20) == 0
-    train = Train(24, None, 2e-4, 48, "inverse_root", 24 * 4)
-    found = [learning_rate_at(train, 24 * step) / 2e-4 for step in (0, 1, 4, 16, 36)]
-    assert found == pytest.approx([0.5, 1, 1, 1 / 2, 1 / 3])
-
-
-def test_decay_warms_up_with_batches_seen() -> None:
-    assert Exponential(0.9999, warmup="none").decay_at(0, 128) == 0.9999
-    for images_seen, expected in {0: 0.1, 64: 1.5 / 10.5, 128: 2 / 11, 128 * 90: 0.91, 128 * 10**6: 0.9999}.items():
-        found = Exponential(0.9999, warmup="ratio").decay_at(images_seen, 128)
-        assert found == pytest.approx(expected), images_seen
-
-
-def test_other_warm_ups_are_published() -> None:
-    for inv_gamma, power in ((1.0, 2 / 3), (7.0, 0.9)):
-        theirs = EMAModel([], decay=0.995, use_ema_warmup=True, inv_gamma=inv_gamma, power=power)
-        ours = Exponential(0.995, "power", inv_gamma, power)
-        for n in (1, 2, 3, 10, 500, 10**6):
-            assert ours.decay_at(24 * n, 24) == pytest.approx(theirs.get_decay(n), rel=1e-12), n
-    # A half-life of 500,000 images, and of 5 % of the images before this batch until these are 10 million.
-    for images_seen in (512, 1024, 51_200, 5_000_192, 10_000_384, 200_000_000):
-        half_life = min(500_000, 0.05 * (images_seen - 512))
-        expected = 0.5 ** (512 / half_life) if half_life else 0.0
-        found = Exponential(0.5 ** (512 / 500_000), "edm").decay_at(images_seen, 512)
-        assert found == pytest.approx(expected, rel=1e-12), images_seen
-
-
-def test_power_functions_have_their_width() -> None:
-    """The standard deviation of a density γ τ^γ, by its moments in 50 digits; and the two γ that the paper names."""
-    assert [PowerFunction(std).gamma for std in (0.05, 0.1)] == pytest.approx([16.97, 6.94], abs=5e-3)
-    with mp.workdps(50):
-        for std in (0.001, 0.05, 0.13, 0.28):
-            gamma = mpf(PowerFunction(std).gamma)
-            mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
-            assert float(mp.sqrt(square - mean**2)) == pytest.approx(std, rel=1e-7), std
-
-
-def profiles(std: float, steps: int) -> np.ndarray:
-    """Row n: what the weights after each step count in the average after step n, by the recurrence; [steps, steps]."""
-    rows = np.zeros((steps, steps))
-    for step in range(steps):
-        decay = PowerFunction(std).decay_at(24 * (step + 1), 24)
-        rows[step] = decay * rows[step - 1]
-        rows[step, step] = 1 - decay
-    return rows
-
-
-def test_averages_add_up_to_others() -> None:
-    """By the profiles themselves, step by step, where `reconstruct` integrates."""
-    total, stds = 600, (0.05, 0.1)
-    kept = {std: profiles(std, total) for std in stds}
-    for std in (0.04, 0.05, 0.07, 0.15, 0.2):
-        wanted = profiles(std, total)[-1]
-        for every, bound in ((20, 0.03), (150, 0.3)):
-            ends = [(std, step) for std in stds for step in range(every, total + 1, every)]
-            terms = np.stack([kept[std][step - 1] for std, step in ends])
-            factors, error = reconstruct([Stored(std, 24 * step) for std, step in ends], Stored(std, 24 * total))
-            found = np.linalg.norm(factors @ terms - wanted) / np.linalg.norm(wanted)
-            assert error == pytest.approx(found, rel=0.05, abs=1e-7), (std, every)
-            assert error < bound, (std, every)
-            # No factors that add up to one come nearer.
-            assert factors.sum() == pytest.approx(1, abs=1e-12)
-            heavy = np.vstack([terms.T, np.full(len(ends), 1e3)])
-            best = np.linalg.lstsq(heavy, np.append(wanted, 1e3))[0]
-            nearest = np.linalg.norm(best @ terms - wanted) / np.linalg.norm(wanted)
-            assert found == pytest.approx(nearest, rel=0.02, abs=1e-6), (std, every)
-
-
-def test_average_follows_the_recurrence() -> None:
-    """In float32 for any weights: in bfloat16 a step of 1e-4 of the way is lost, as 1 + 1e-4 is 1."""
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 6)).to(dtype)
-        ema = EMA(model)
-        expected = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-        for decay in (0.1, 0.5, 0.9, *[0.9999] * 10, 0.0, 0.9):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter))
-            ema.update(model, decay)
-            for name, parameter in model.named_parameters():
-                expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-            assert ema.shadow.keys() == expected.keys()
-            for name, average in ema.shadow.items():
-                assert average.dtype == torch.float32 and not average.requires_grad
-                torch.testing.assert_close(average.double(), expected[name], rtol=0, atol=1e-6)
-        target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 6)).to(dtype, memory_format=torch.channels_last)
-        ema.copy_to(target)
-        assert target[0].weight.is_contiguous(memory_format=torch.channels_last)
-        for name, parameter in target.named_parameters():
-            assert parameter.dtype == dtype and parameter.requires_grad
-            assert torch.equal(parameter, ema.shadow[name].to(dtype))
-            # It is a copy.
-            nn.init.zeros_(parameter)
-            assert ema.shadow[name].any()
-
-
-def test_update_never_waits_for_the_device() -> None:
-    """On the meta device any look at a value raises."""
-    model = nn.Linear(3, 3, device="meta")
-    ema = EMA(model)
-    ema.update(model, 0.99)
-    assert ema.shadow["weight"].device.type == "meta"
