@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState
 import job.commands
 from job.__main__ import errors_as_lines
 from job.cli.app import app
+from job.exits import JobError
 from job.options import LaunchedOptions
 from job.processes.launcher import LAUNCHED
 from job.runs.records import check_writable
@@ -159,3 +161,11 @@ def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith(("ddpm", "Error: "))]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def raised(error: type[JobError], words: str, call: Callable[..., object], *args: object, **options: object) -> str:
+    """The line with which a call raises this error."""
+    with pytest.raises(error, match=words) as caught:
+        pytest.fail(f"no error, but {call(*args, **options)}")
+    assert type(caught.value) is error
+    return str(caught.value)

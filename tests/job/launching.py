@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,14 @@ def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return said
+
+
+@contextmanager
+def lasting(at_least: float = 0, at_most: float = math.inf) -> Iterator[None]:
+    """Checks how many seconds its block takes."""
+    began = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - began < at_most
 
 
 def ready_pids(folder: Path, processes: int = 2) -> list[int]:

@@ -9,14 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from job.exits import BadRequestError, JobError, MissingInputError, Restart, restart_after
 from job.processes import group
 from job.processes.group import Group
 from job.processes.ranks import Agreement
 from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
+from job.runs.metric_rows import read_rows
 from job.runs.records import load_attempt, read_status
+from tests.job.command_line import raised, settings
 from tests.job.hooked import hooked
 from tests.job.launching import ended, eventually, start
 from tests.job.processes.conftest import ON_AND_ON
@@ -39,20 +43,15 @@ def test_the_environment_describes_the_group():
         "(NODE_RANK=2, NNODES=2, MASTER_PORT=1234)": TWO | {"NODE_RANK": "2"},
         "'two')": {"NNODES": "two"},
     }.items():
-        with pytest.raises(BadRequestError, match=f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK"):
-            Group.of(1, wrong)
+        raised(BadRequestError, f"invalid group .*{re.escape(named)}: with NNODES, set NODE_RANK", Group.of, 1, wrong)
 
 
 def test_threads_follow_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(group, "CPU_LIMIT", tmp_path / "cpu.max")
-    for limit, processes, threads in (
-        ("", 2, 32),
-        ("max 100000", 1, 64),
-        ("850000 100000", 2, 4),
-        ("50000 100000", 1, 1),
-    ):
+    limits = [("", 2, 32), ("max 100000", 1, 64), ("850000 100000", 2, 4), ("50000 100000", 1, 1)]
+    for limit, processes, threads in limits:
         (tmp_path / "cpu.max").write_text(limit)
         environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         assert Group(processes).environment(0).items() >= environment.items()
@@ -78,8 +77,7 @@ def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv(group.GPUS, "1")
     group._cuda.cache_clear()
     said = "was given 1 GPU, and PyTorch sees 0: this is a PyTorch for CPUs; `make image TORCH=cuda`"
-    with pytest.raises(MissingInputError, match=said):
-        group.check_gpus()
+    raised(MissingInputError, said, group.check_gpus)
     group._cuda.cache_clear()
 
 
@@ -268,3 +266,132 @@ def test_a_waiting_node_can_be_stopped(place, together):
     said = check_ends(75, of=[waiting])
     assert time.monotonic() - began >= 40
     assert "stopped by its deadline (--stop-after) before it began" in said
+
+
+# --- a run that changes its processes, micro-batches and cache learns what an undisturbed one does
+
+STAGES = (
+    (2, 80, ()),
+    (1, 620, ("--set", "train.micro_batch_size=3", "--set", "data.cache_gigabytes=0.0001")),
+    (3, 1150, ("--set", "train.micro_batch_size=null", "--set", "data.cache_gigabytes=1")),
+)
+"""Processes; at which image they are asked to stop; what else is different. All images together take 230 kB."""
+ALL_THAT_IS_DRAWN = {"data__augment": "0.3", "data__crop_scale": "0.6,1", "ema__stds": "0.1"}
+ALL_THAT_IS_DRAWN |= {"model__label_dropout": "0.3", "diffusion__self_conditioning": "true"}
+ALL_THAT_IS_DRAWN |= {"diffusion__offset_noise": "0.1", "log__every_images": "10", "train__batch_size": "10"}
+STOPS_AT = """
+import os, signal
+training_noise_of = randomness.training_noise
+
+def training_noise(seed, image_numbers, *how):
+    if image_numbers[0] >= int(os.environ["STOP_AT_IMAGE"]):
+        os.kill(os.getpid(), int(os.environ.get("KILL", signal.SIGTERM)))
+    return training_noise_of(seed, image_numbers, *how)
+
+randomness.training_noise = training_noise
+"""
+HOLDS = """
+import hashlib
+resumes = TrainingAttempt._restore
+
+def held(attempt):
+    resumes(attempt)
+    with open(f"{os.environ['HOLDS']}-{os.getpid()}", "w") as file:
+        for group, named in attempt.state.tensors().items():
+            tensors = b"".join(tensor.numpy().tobytes() for tensor in named.values())
+            print(group, hashlib.sha256(tensors).hexdigest(), file=file)
+
+import os
+TrainingAttempt._restore = held
+"""
+
+
+@pytest.fixture
+def started(place, tmp_path):
+    """Starts a command whose processes stop themselves at an image."""
+    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT)
+
+    def started(run, precision, processes, stop_at_image, *options, **variables):
+        network = settings(train__precision=precision, **ALL_THAT_IS_DRAWN)
+        words = ("--epochs", 99, "--processes", processes, *network, *options)
+        return place.started(run, *words, PYTHONPATH=folder, STOP_AT_IMAGE=str(stop_at_image), **variables)
+
+    return started
+
+
+def stopped(child):
+    """Waits until it has saved everything and ended."""
+    err, _ = child.communicate(timeout=250)
+    assert child.returncode == 75, err
+
+
+def losses_of(run):
+    """The number of processes of the last attempt, and the loss of each step by the images seen."""
+    manifest = load_manifest(run, max(list_checkpoints(run)))
+    rows = read_rows(run, manifest.metrics, pytest.fail)
+    return load_attempt(run, manifest.fence).world_size, {row["images_seen"]: row["loss"] for row in rows}
+
+
+@pytest.mark.slow
+def test_killed_and_moved_processes_leave_the_same_bits(place, started):
+    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4."""
+    words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
+    words += ("--set", "checkpoint.every_minutes=0.001")
+    ended = started("stayed", "fp32", 1, 10**9, *words)
+    stopped(started("parted", "fp32", 2, 130, *words))
+    assert started("parted", "fp32", 1, 250, *words, KILL="9").wait(250) == 137
+    assert started("parted", "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
+    moved = started("parted", "fp32", 4, 10**9, *words)
+    said, _ = moved.communicate(timeout=250)
+    assert moved.returncode == ended.wait(250) == 0
+    assert "rounding differs" not in said
+
+    def result(name):
+        run = place.run(name)
+        ref = max(list_checkpoints(run))
+        manifest = load_manifest(run, ref)
+        losses = [row["loss"] for row in read_rows(run, manifest.metrics, pytest.fail)]
+        assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
+        (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
+        return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
+
+    (*whole, drawn), (*parted, drawn_again) = result("stayed"), result("parted")
+    assert (whole[0], parted[0]) == (1, 4)
+    assert whole[1:] == parted[1:]
+    # The title above the pictures has the name of the run.
+    assert not (drawn != drawn_again)[len(drawn) // 4 :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound", "stages"), [("fp32", 1e-5, STAGES), ("bf16", 1e-2, STAGES[:2])])
+def test_changing_processes_learn_the_same(place, started, precision, bound, stages):
+    """Each loss is that of the same images, noise and points: a step that was left in its midst taught nothing."""
+    alone = started(f"alone-{precision}", precision, 1, stages[-1][1] + 50)
+    for processes, stop_at_image, options in stages:
+        stopped(started(name := f"moving-{precision}", precision, processes, stop_at_image, *options))
+        world_size, found = losses_of(run := place.run(name))
+        assert (world_size, max(found)) == (processes, max(list_checkpoints(run)).images_seen)
+    stopped(alone)
+    _, expected = losses_of(place.run(f"alone-{precision}"))
+    assert [*found] == [*range(10, max(found) + 1, 10)]
+    assert found == pytest.approx({images: expected[images] for images in found}, rel=bound)
+
+
+@pytest.mark.slow
+def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
+    """Averages too, with which each of them draws and validates; and several learn what one does."""
+    more, folder = ("--set", "ema.stds=0.1", "--epochs", 1), hooked(tmp_path / "hooks", job__training__attempt=HOLDS)
+    assert place.started("parent", *more).wait(250) == 0
+    begins = (*more, "--from", "parent", "--processes")
+    for name, processes in (("alone", 1), ("together", 2)):
+        child = place.started(name, *begins, processes, PYTHONPATH=folder, HOLDS=str(tmp_path / name))
+        assert child.wait(250) == 0
+        held = {path.read_text() for path in tmp_path.glob("*-*")}
+        assert len([*tmp_path.glob(f"{name}-*")]) == processes
+    (groups,) = held
+    by_group = dict(line.split() for line in groups.splitlines())
+    assert by_group["model"] == by_group["ema"] == by_group["ema-0.1"] != by_group["optimizer"]
+
+    together, alone, parent = ([*losses_of(place.run(name))[1].values()] for name in ("together", "alone", "parent"))
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert alone[0] < parent[0]

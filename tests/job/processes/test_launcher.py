@@ -78,11 +78,10 @@ def of_two(first: str, then: str) -> str:
     """
 
 
-@pytest.mark.parametrize(
-    ("code", "processes", "hang_after_seconds", "expected", "said"),
-    [*((of_two(first, then), 2, 600, expected, said) for first, then, expected, said in FAILURES), *SILENT],
-    ids=range(len(FAILURES) + len(SILENT)),
-)
+CASES = [*((of_two(first, then), 2, 600, *ends) for first, then, *ends in FAILURES), *SILENT]
+
+
+@pytest.mark.parametrize(("code", "processes", "hang_after_seconds", "expected", "said"), CASES, ids=range(len(CASES)))
 def test_the_launcher_says_who_failed(tmp_path, code, processes, hang_after_seconds, expected, said):
     began = time.monotonic()
     child = start(tmp_path, code, processes, hang_after_seconds)
@@ -203,28 +202,17 @@ def test_ranks_die_with_their_launcher(tmp_path):
     closed = {"DDPM_LAUNCHED": str(os.getpid()), "DDPM_GATE": str(ours)}, r"\A\Z"
     program = "from job.processes.launcher import attach, await_go; attach(); await_go(); print('began')"
     for variables, said in (gone, closed):
-        orphan = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=environment(**variables),
-            pass_fds=[ours],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        found, out, err = ended(orphan)
-        assert (found, out) == (1, "") and re.search(said, err)
+        how = {"pass_fds": [ours], "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", program], env=environment(**variables), check=False, **how)
+        assert (done.returncode, done.stdout) == (1, "") and re.search(said, done.stderr)
     os.close(ours)
 
 
 def test_a_starting_process_is_light_and_silent():
     interrupted = "import os; os.kill(os.getpid(), 2); print(1); from job.processes.launcher import attach; attach()"
-    for program, said in (
-        (
-            f"from job.processes.launcher import launch; launch([{sys.executable!r}, '-c', {interrupted!r}], 1)",
-            "ddpm: the process failed: killed by SIGINT\n",
-        ),
-        ("import sys, job.cli.app, job.commands; assert not {'torch', 'accelerate'} & sys.modules.keys()", ""),
-    ):
+    launches = f"from job.processes.launcher import launch; launch([{sys.executable!r}, '-c', {interrupted!r}], 1)"
+    imports = "import sys, job.cli.app, job.commands; assert not {'torch', 'accelerate'} & sys.modules.keys()"
+    for program, said in ((launches, "ddpm: the process failed: killed by SIGINT\n"), (imports, "")):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert done.stderr == said
 
@@ -310,14 +298,14 @@ def is_waiting(pid: int) -> bool:
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text() and not psutil.Process(pid).cpu_percent(0.2)
 
 
-@pytest.mark.parametrize(
-    ("processes", "more", "node", "code", "said"),
-    [
-        # A single rank has the launcher's streams.
-        (1, ("--set", "x=1"), {}, 78, "ddpm: --set: unknown key 'x'"),
-        (2, (), NODE_1, 75, "ddpm: stopped by SIGTERM; the same command begins again\n"),
-    ],
-)
+WAITING = [
+    # A single rank has the launcher's streams.
+    (1, ("--set", "x=1"), {}, 78, "ddpm: --set: unknown key 'x'"),
+    (2, (), NODE_1, 75, "ddpm: stopped by SIGTERM; the same command begins again\n"),
+]
+
+
+@pytest.mark.parametrize(("processes", "more", "node", "code", "said"), WAITING)
 def test_ranks_wait_for_the_checks(tiles, tmp_path, processes, more, node, code, said):
     """They have imported everything while the launcher still checks the command: it alone speaks and writes."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")

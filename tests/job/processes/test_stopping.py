@@ -205,11 +205,25 @@ time.sleep(60)
 """
 
 
-@pytest.mark.slow
-def test_a_caught_end_is_only_delayed():
-    for code in (ANOTHER_ERROR, CAUGHT):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
-        assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
+LATE = """
+import os
+from job.stop import Stop
+class Late:
+    # Python destroys this after it has taken its own handlers away.
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, 15)
+stop, late = Stop().install(), Late()
+"""
+ENDED = "ddpm: stopped by SIGTERM; the same command begins again\n"
+BY_CODE = [*(pytest.param(code, (75, ENDED), marks=pytest.mark.slow) for code in (ANOTHER_ERROR, CAUGHT))]
+BY_CODE += [(LATE, (0, ""))]
+
+
+@pytest.mark.parametrize(("code", "ends"), BY_CODE, ids=["another error", "caught", "too late"])
+def test_a_caught_end_is_only_delayed(code, ends):
+    """And a signal while the interpreter ends changes no exit code."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == ends
 
 
 # --- notices of a metadata server, which is a real one, and has bad days

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from statistics import median
 
@@ -15,9 +14,9 @@ import pytest
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import LastStatus, Status
 from job.store import open_store
-from tests.faulty_proxy import FaultyProxy
+from job.store.local import LocalStore
 from tests.job.command_line import DDPM, ddpm_here, environment, settings, succeeded
-from tests.job.launching import children
+from tests.job.launching import children, lasting
 from tests.job.runs.leased import leased, write
 from tests.job.some_images import encoded, folder_of, picture
 
@@ -74,51 +73,29 @@ def test_a_long_run_does_not_grow(bucket_uri, tmp_path):
         assert after <= before + growth, name
 
 
-ROUND_TRIP_SECONDS = 0.3
-LIST = """
-import sys, time
-from job.verbs.run_listing import list_runs
-from job.store import open_store
-import rich.console, rich.table
-# The client library takes half a second to import.
-open_store(sys.argv[1])
-began = time.monotonic()
-list_runs(sys.argv[1])
-print(time.monotonic() - began, file=sys.stderr)
-"""
-
-
-def put_runs(bucket, folder, count):
+def test_many_runs_take_few_requests_at_once(tmp_path, monkeypatch, count=64):
     """Runs of three attempts each, with two checkpoints and a status."""
-    run, moment = open_store(str(folder / "run")), "2026-01-01T00:00:00Z"
-    seen = LastStatus(state="stopped", images_seen=24, updated=moment)
+    bucket, moment, asked = open_store(str(tmp_path)), "2026-01-01T00:00:00Z", []
+    run, seen = bucket.sub("runs/run-000"), LastStatus(state="stopped", images_seen=24, updated=moment)
     for fence in range(1, 4):
         update = {"previous": fence - 1, "previous_seen": seen} if fence > 1 else {}
         run.create(f"attempts/{fence:06d}.json", leased(run, fence).record.model_copy(update=update).to_json())
     write(run, (2, 24), (3, 48))
     place = {"state": "stopped", "fence": 3, "images_seen": 48, "target_images": 96, "epoch": 1.0}
     run.put("status.json", Status(**place, loss=0.5, images_per_second=10.0, updated=moment).to_json())
-    objects = {entry.key: run.read(entry.key).data for entry in run.list()}
+    for number in range(1, count):
+        shutil.copytree(tmp_path / "runs/run-000", tmp_path / f"runs/run-{number:03d}")
+    attempt = LocalStore._attempt
 
-    def put(number):
-        for key, data in objects.items():
-            open_store(bucket).sub(f"runs/run-{number:03d}").put(key, data)
+    def slowly(store, work, key, *args):
+        asked.append(key)
+        time.sleep(0.25)
+        return attempt(store, work, key, *args)
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(put, range(count)))
-
-
-@pytest.mark.slow
-def test_many_runs_take_few_requests_at_once(gcs_server, gcs_bucket, tmp_path, count=200):
-    put_runs(gcs_bucket, tmp_path, count)
-    # The bucket may only be asked by another process: it would share the interpreter with the proxy.
-    with FaultyProxy(gcs_server) as proxy:
-        proxy.passed = lambda request: (time.sleep(ROUND_TRIP_SECONDS), request)[1]
-        words, variables = [sys.executable, "-c", LIST, gcs_bucket], environment(STORAGE_EMULATOR_HOST=proxy.url)
-        done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
-        rows = done.stdout.splitlines()[1:]
-        assert len(rows) == count and all("48/96" in row.split() for row in rows)
-        # The names of the runs; then the status of each.
-        assert proxy.requests.total() == 1 + count
-    # One after the other they would take 60 seconds.
-    assert float(done.stderr.split()[0]) < 15
+    monkeypatch.setattr(LocalStore, "_attempt", slowly)
+    # One after the other they would take 16 seconds.
+    with lasting(at_most=8):
+        rows = succeeded(ddpm_here("runs", "list", "--bucket", tmp_path)).splitlines()[1:]
+    assert len(rows) == count and all("48/96" in row.split() for row in rows)
+    # The names of the runs; then the status of each.
+    assert len(asked) == 1 + count

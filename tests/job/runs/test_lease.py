@@ -24,9 +24,9 @@ from job.runs.records import read_status
 from job.stop import NEVER
 from job.store import ConflictError, open_store
 from job.store.local import LocalStore
-from tests.job.command_line import ddpm, settings, started, succeeded
+from tests.job.command_line import ddpm, raised, settings, started, succeeded
 from tests.job.hooked import hooked
-from tests.job.launching import QUICK, by_somebody_elsewhere, children, eventually, record_in, taken
+from tests.job.launching import QUICK, by_somebody_elsewhere, children, eventually, lasting, record_in, taken
 
 
 @pytest.fixture
@@ -77,33 +77,27 @@ def test_fences_only_grow(any_run):
 def test_the_last_fence_is_refused(new_run):
     by_somebody_elsewhere(new_run, fence=lease_module.MAX_FENCE)
     new_run.put(LEASE_KEY, lease_module.load_lease(new_run).model_copy(update={"released": True}).to_json())
-    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, which no run reaches"):
-        taken(new_run)
+    raised(BadDataError, f"{new_run.uri_of(LEASE_KEY)} has fence 999999, which no run reaches", taken, new_run)
     new_run.delete(LEASE_KEY)
-    with pytest.raises(BadDataError, match=r"an attempt or a checkpoint of .* has fence 999999"):
-        taken(new_run, lease_module.MAX_FENCE)
+    raised(BadDataError, r"an attempt or a checkpoint of .* has fence 999999", taken, new_run, lease_module.MAX_FENCE)
     Path(new_run.uri_of(LEASE_KEY)).mkdir(parents=True)
-    with pytest.raises(BadDataError, match="where an object belongs"):
-        taken(new_run)
+    raised(BadDataError, "where an object belongs", taken, new_run)
 
 
 def test_a_silent_lease_is_replaced(new_run, quick_expiry):
     """Whatever it says about the time, and whether or not anybody can read it."""
     intact, elsewhere = by_somebody_elsewhere(new_run, fence=4), "process 77 on 'far-away'"
-    for fence, (content, said) in enumerate(
-        (
-            (by_somebody_elsewhere(new_run, fence=8, since="1999-12-31T23:59:59Z"), elsewhere),
-            (by_somebody_elsewhere(new_run, fence=9, since="2031-01-01T00:00:00Z"), elsewhere),
-            (b"", "damaged"),
-            (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
-            (b'{"fence": 99999999, "released": true}', "damaged"),
-        ),
-        9,
-    ):
+    contents = [
+        (by_somebody_elsewhere(new_run, fence=8, since="1999-12-31T23:59:59Z"), elsewhere),
+        (by_somebody_elsewhere(new_run, fence=9, since="2031-01-01T00:00:00Z"), elsewhere),
+        (b"", "damaged"),
+        (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
+        (b'{"fence": 99999999, "released": true}', "damaged"),
+    ]
+    for fence, (content, said) in enumerate(contents, 9):
         new_run.put(LEASE_KEY, content)
-        began = time.monotonic()
-        lease = taken(new_run, floor=fence - 1, notes=(notes := []))
-        assert time.monotonic() - began >= quick_expiry
+        with lasting(quick_expiry):
+            lease = taken(new_run, floor=fence - 1, notes=(notes := []))
         assert lease.fence == record_in(new_run)["fence"] == fence
         assert [said in note and new_run.uri in note for note in notes] == [True, True]
         assert "silent" in notes[1]
@@ -111,9 +105,8 @@ def test_a_silent_lease_is_replaced(new_run, quick_expiry):
     # A winner that dies is replaced as well.
     by_somebody_elsewhere(new_run, fence=24, since="2031-01-01T00:00:00Z")
     threading.Timer(0.3, by_somebody_elsewhere, [new_run, 25, "2031-01-01T00:00:01Z"]).start()
-    began = time.monotonic()
-    lease = taken(new_run)
-    assert time.monotonic() - began >= 0.3 + quick_expiry
+    with lasting(0.3 + quick_expiry):
+        lease = taken(new_run)
     assert lease.fence == 26
     lease.close()
 
@@ -132,8 +125,7 @@ def test_a_late_silence_is_noticed(bad_day, quick, monkeypatch):
 def test_a_holder_mends_its_lease(new_run, quick):
     lease = taken(new_run, floor=2, notes=(notes := []))
     new_run.put(LEASE_KEY, b"garbage")
-    with pytest.raises(LostRunError, match="is alive"):
-        taken(new_run)
+    raised(LostRunError, "is alive", taken, new_run)
     assert record_in(new_run)["fence"] == 3
     new_run.delete(LEASE_KEY)
     eventually(lambda: new_run.exists(LEASE_KEY))
@@ -149,8 +141,7 @@ def test_a_lost_run_is_reported(new_run, monkeypatch):
     foreign = by_somebody_elsewhere(new_run, fence=9)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
     for ask in (lease.confirm, lease.confirm, lease.check_lost):
-        with pytest.raises(LostRunError, match=r"taken over by process 77 on 'far-away' since .* \(fence 9\)"):
-            ask()
+        raised(LostRunError, r"taken over by process 77 on 'far-away' since .* \(fence 9\)", ask)
     assert lease.lost
     lease.close()
     assert new_run.read(LEASE_KEY).data == foreign
@@ -161,8 +152,7 @@ def test_a_holder_survives_an_outage(bad_day, quick):
     bad_day.away = True
     eventually(lambda: notes)
     time.sleep(3 * lease_module.RENEW_SECONDS)
-    with pytest.raises(BucketAwayError):
-        lease.confirm()
+    raised(BucketAwayError, ".", lease.confirm)
     lease.check_lost()
     assert (lease.lost, [("could not renew" in note) for note in notes]) == ("", [True])
     bad_day.away = False
@@ -187,8 +177,7 @@ def test_a_lost_answer_loses_no_lease(bad_day, monkeypatch):
         assert not lease.lost
         # Endless conflicts confirm nothing.
         patch.setattr(BadDay, "replace", Mock(side_effect=ConflictError("changed")))
-        with pytest.raises(BucketAwayError, match="changes faster"):
-            lease.confirm()
+        raised(BucketAwayError, "changes faster", lease.confirm)
     lease.confirm()
     lease.close()
 
@@ -198,9 +187,8 @@ def test_no_lease_changes_in_an_outage(bad_day, quick, monkeypatch):
     silent, answer = taken(bad_day, notes=(notes := [])), threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(BadDay, "replace", lambda *_: answer.wait(60) and "never")
-        began = time.monotonic()
-        silent.close()
-        assert 0.3 <= time.monotonic() - began < 10
+        with lasting(0.3, at_most=10):
+            silent.close()
     assert ["could not be released in time" in note for note in notes] == [True]
     answer.set()
     bad_day.delete(LEASE_KEY)
@@ -208,8 +196,7 @@ def test_no_lease_changes_in_an_outage(bad_day, quick, monkeypatch):
     bad_day.away = True
     lease.close()
     assert "could not release" in notes[-1] and "the bucket is away" in notes[-1]
-    with pytest.raises(BucketAwayError):
-        taken(bad_day)
+    raised(BucketAwayError, ".", taken, bad_day)
 
 
 def test_an_outage_is_no_silence(bad_day, quick_expiry, monkeypatch):
@@ -300,9 +287,8 @@ def test_killed_holders_are_replaced_at_once(new_run, start):
     holder = start(new_run.uri)
     assert holder.took() == 1
     holder.kill()
-    began = time.monotonic()
-    lease = taken(new_run, notes=(notes := []))
-    assert time.monotonic() - began < lease_module.RENEW_SECONDS
+    with lasting(at_most=lease_module.RENEW_SECONDS):
+        lease = taken(new_run, notes=(notes := []))
     assert lease.fence == 2
     assert [f"process {holder.pid}" in notes[0], notes[0].endswith("is dead"), len(notes)] == [True, True, 1]
     lease.close()
@@ -317,16 +303,13 @@ def test_a_living_holder_is_named(new_run, start):
     assert caught.value.exit_code == Exit.LOST_RUN == 76
     assert f"{new_run.uri} is held by process {holder.pid} on {host!r} since {since} (fence 1)" in str(caught.value)
     assert "--wait" in str(caught.value)
-    began = time.monotonic()
-    with pytest.raises(LostRunError, match="is alive"):
-        taken(new_run, wait_seconds=0.8)
-    assert 0.8 <= time.monotonic() - began < 10
+    with lasting(0.8, at_most=10):
+        raised(LostRunError, "is alive", taken, new_run, wait_seconds=0.8)
     assert record_in(new_run)["process"]["pid"] == holder.pid
     # Who waits takes the run when its holder gives it back.
     threading.Timer(1.0, holder.tell).start()
-    began = time.monotonic()
-    lease = taken(new_run, wait_seconds=60, notes=(notes := []))
-    assert 1.0 <= time.monotonic() - began < 20
+    with lasting(1.0, at_most=20):
+        lease = taken(new_run, wait_seconds=60, notes=(notes := []))
     assert lease.fence == 2
     assert [f"held by process {holder.pid}" in notes[0], "released" in notes[-1], len(notes)] == [True, True, 2]
     lease.close()

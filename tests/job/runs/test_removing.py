@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,8 @@ def run(bucket: Path) -> Store:
     return run
 
 
-def prune(bucket: Path, *words: object):
-    return ddpm_here("runs", "prune", "r", "--bucket", bucket, *words)
-
-
-def delete(bucket: Path, *words: object):
-    return ddpm_here("runs", "delete", "r", "--bucket", bucket, *words)
+prune = partial(ddpm_here, "runs", "prune", "r", "--bucket")
+delete = partial(ddpm_here, "runs", "delete", "r", "--bucket")
 
 
 def everything(run: Store) -> dict[str, bytes]:
@@ -140,10 +137,8 @@ def test_leftovers_of_ended_attempts_go(bucket, run):
     assert named("--dry-run") == anyway | {killed} | pieces
     run.put(LEASE_KEY, of_the_last_attempt)
     # Who knows whether its holder lives? And whoever reads may be making these very pieces.
-    with (
-        damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")),
-        kept_while_read(run, CheckpointRef(2, 80)),
-    ):
+    unreleased = damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false"))
+    with unreleased, kept_while_read(run, CheckpointRef(2, 80)):
         assert named("--dry-run") == anyway | {killed}
     assert unlocked.exists()
     assert named("--dry-run") == named() == anyway | {killed} | orphans_of(FENCE) | pieces

@@ -7,8 +7,8 @@ import re
 import shutil
 import struct
 import threading
-import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -28,8 +28,8 @@ from job.stop import GRACE_VARIABLE, Stop
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
-from tests.job.command_line import ddpm_here, settings, succeeded
-from tests.job.launching import eventually
+from tests.job.command_line import ddpm_here, raised, settings, succeeded
+from tests.job.launching import eventually, lasting
 from tests.job.runs.leased import DATASET_IMAGES, committed_images, leased, save, writer_of
 
 pytestmark = pytest.mark.usefixtures("notes")
@@ -90,15 +90,15 @@ def test_a_failed_save_is_raised_later(run):
     writer = writer_of(leased(run))
     writer.save(80, [])
     eventually(lambda: writer.troubled)
+    puts = partial(writer.put, "samples/a.png", b"1", images_seen=80)
     for call in (
         writer.wait,
         writer.raise_trouble,
-        lambda: writer.save(160, []),
-        lambda: writer.put("samples/a.png", b"1", images_seen=80),
-        lambda: writer.close(wait=True),
+        partial(writer.save, 160, []),
+        puts,
+        partial(writer.close, wait=True),
     ):
-        with pytest.raises(BadDataError, match="ate it"):
-            call()
+        raised(BadDataError, "ate it", call)
     assert not list(run.list("checkpoints"))
 
 
@@ -186,9 +186,8 @@ def test_the_newest_replaces_queued_checkpoints(run, changes):
     writer.save(72, [])
     writer.close(wait=True)
     created = [key for event, _, key in (event.partition(" ") for event in run.events) if event == "create"]
-    assert [key for key in created if key.endswith("MANIFEST.json")] == [
-        CheckpointRef(1, images_seen).manifest_key for images_seen in (24, 48, 72)
-    ]
+    committed = [CheckpointRef(1, images_seen).manifest_key for images_seen in (24, 48, 72)]
+    assert [key for key in created if key.endswith("MANIFEST.json")] == committed
     # What they say of metrics is there, for people's tools as well.
     metrics = load_manifest(run, max(list_checkpoints(run))).metrics
     assert read_rows(run, metrics, pytest.fail) == rows
@@ -226,8 +225,7 @@ def test_an_outage_confirms_the_lease_again(gcs_server, gcs_bucket, monkeypatch)
         eventually(lambda: holder.lease.confirmations >= before + 2)
         # Another attempt came while the bucket was away.
         holder.lease.lost = True
-        with pytest.raises(LostRunError):
-            writer.wait()
+        raised(LostRunError, ".", writer.wait)
         assert committed_images(run) == [8, 16]
 
 
@@ -244,8 +242,7 @@ def test_a_lost_run_gets_no_writes(run, queue):
     queue(writer)
     is_queued.set()
     writer._thread.join(10)
-    with pytest.raises(LostRunError):
-        writer.wait()
+    raised(LostRunError, ".", writer.wait)
     assert list(run.list()) == []
 
 
@@ -262,11 +259,8 @@ def test_a_short_grace_shortens_the_cadence(tiles, tmp_path, notes, monkeypatch)
     assert (notes, len(list_checkpoints(open_store(str(bucket)).sub("runs/enough")))) == ([], 2)
     succeeded(ddpm_here(*words, "--run", "short", **{GRACE_VARIABLE: "2"}))
     assert len(list_checkpoints(open_store(str(bucket)).sub("runs/short"))) > 2
-    assert re.fullmatch(
-        r"a save takes about \d+\.\d s, which does not fit into the 2 s between a preemption notice and the end: "
-        r"saving every 0\.\d instead of 7 minutes",
-        notes.pop(),
-    )
+    said = r"a save takes about \d+\.\d s, which does not fit into the 2 s between a preemption notice and the end: "
+    assert re.fullmatch(said + r"saving every 0\.\d instead of 7 minutes", notes.pop())
 
 
 # --- the metrics of a run that saves often: few objects, and every row, whatever is kept and whoever goes on
@@ -391,7 +385,6 @@ def test_a_run_that_is_killed_saves_often(tmp_path):
             run.create(ObjectKind.ATTEMPT.key(fence=fence), record.to_json())
     # Killed after five seconds, twice: it saves before the next five are over.
     cadences = {name: Cadence(open_store(str(tmp_path / name)), None, 30.0) for name in ("killed", "stopped")}
-    began = time.monotonic()
-    eventually(lambda: cadences["killed"].is_over)
-    assert time.monotonic() - began < 2.5
+    with lasting(at_most=2.5):
+        eventually(lambda: cadences["killed"].is_over)
     assert not cadences["stopped"].is_over

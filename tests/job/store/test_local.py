@@ -11,15 +11,18 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from job import exits
 from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, MissingInputError
-from job.store import ObjectMissingError, Retry, Store, files, open_store
+from job.store import ObjectMissingError, Retry, Store, files, open_store, open_to_read
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
+from tests.job.command_line import raised
 from tests.job.conftest import point_at
-from tests.job.store.test_store import every_call, keys, raised
+from tests.job.store.test_store import every_call, keys
 from tests.servers import KINDS as SCHEMES
 
 NOBODY = 65534
@@ -92,6 +95,7 @@ def test_impossible_objects_are_refused(store: Store, bucket: Path, tmp_path: Pa
     (outside / "secret").write_bytes(b"secret")
     for link, target in (("folder", outside), ("file", outside / "secret"), ("dangling", outside / "new")):
         (bucket / link).symlink_to(target)
+    outward = ("folder/secret", "folder/new", "file", "dangling")
     for key, names, error, words in (
         ("a/b/c", "create put", BadRequestError, "Not a directory: choose another name"),
         ("a", "put", BadRequestError, "Is a directory"),
@@ -100,10 +104,7 @@ def test_impossible_objects_are_refused(store: Store, bucket: Path, tmp_path: Pa
         ("a/pipe", "read open", ObjectMissingError, "pipe"),
         ("a/pipe", "create", BadDataError, "a/pipe is a folder or a pipe, where an object belongs"),
         ("a/empty", "create", BadDataError, "a/empty is a folder or a pipe, where an object belongs"),
-        *(
-            (key, "read open delete put", BadRequestError, "leads out of")
-            for key in ("folder/secret", "folder/new", "file", "dangling")
-        ),
+        *((key, "read open delete put", BadRequestError, "leads out of") for key in outward),
     ):
         for name in names.split():
             raised(error, words, every_call(store, tmp_path, key)[name])
@@ -232,14 +233,10 @@ def test_no_permission(store: Store, bucket: Path, tmp_path: Path, request: pyte
 def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for uri, path in (
-        *(
-            (uri.format(tmp_path / "a b"), "a b")
-            for uri in ("{}", "file://{}", "file://localhost{}", "FILE://{}/", "{}/x/..")
-        ),
-        *(("./bucket", "bucket"), ("bucket/", "bucket"), ("~/bucket", "home/bucket"), ("100%25", "100%25")),
-        *(("file:///100%25", "/100%"), ("/", "/")),
-    ):
+    whole = ("{}", "file://{}", "file://localhost{}", "FILE://{}/", "{}/x/..")
+    paths = {uri.format(tmp_path / "a b"): "a b" for uri in whole} | {"file:///100%25": "/100%", "/": "/"}
+    paths |= {"./bucket": "bucket", "bucket/": "bucket", "~/bucket": "home/bucket", "100%25": "100%25"}
+    for uri, path in paths.items():
         assert open_store(uri).uri == str(tmp_path / path), uri
     assert open_store("/").uri_of("etc/hosts") == "/etc/hosts"
     assert list(tmp_path.iterdir()) == []
@@ -261,6 +258,28 @@ def test_unsupported_uris_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         *((f"{scheme}://{bucket}", words) for scheme in SCHEMES for bucket, words in no_buckets),
     ]:
         raised(BadRequestError, re.escape(words), open_store, uri)
+
+
+class Remembering(LocalFileSystem):
+    """What another program's package may bring: it remembers what it was told of files until it is told to forget."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("remembering://"))
+
+    def info(self, path: str, **how: object) -> dict[str, object]:
+        return self.dircache.setdefault(path, super().info(path, **how))
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    fsspec.register_implementation("remembering", Remembering)
+    (tmp_path / "file").write_bytes(b"1" * 100)
+    with open_to_read(f"remembering://{tmp_path}").open("file") as stream:
+        (tmp_path / "file").write_bytes(b"2" * 99)
+        raised(BadDataError, "file has changed during the read: begin again", stream.read, 10)
 
 
 def test_wait_for_locks_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,10 @@ from job.store import KINDS, Retry, Store, open_store, retry
 from job.store.base import Entry
 from tests.faulty_proxy import FaultyProxy, Request
 from tests.job.answering import JsonHandler, serving
-from tests.job.command_line import ddpm, ddpm_here, environment, refused
+from tests.job.command_line import ddpm, ddpm_here, environment, raised, refused
+from tests.job.launching import lasting
 from tests.job.store.test_faults import LARGE_BYTES, seconds_after_stop
-from tests.job.store.test_store import all_raise, every_call, raised
+from tests.job.store.test_store import all_raise, every_call
 from tests.servers import SECRET, SERVERS
 
 TOKEN_SECONDS = 3.0
@@ -95,9 +96,8 @@ def test_lease_outlives_the_fetch_of_tokens(gcs_bucket: str, tmp_path: Path, mon
         with ThreadPoolExecutor(1) as pool:
             took = pool.submit(renewals, store, is_over)
             while not is_over.is_set():
-                began = time.monotonic()
-                store.read("image")
-                assert time.monotonic() - began < 1
+                with lasting(at_most=1):
+                    store.read("image")
         assert len(took.result()) > TOKEN_SECONDS / 0.5
         assert max(took.result()) < 1
         time.sleep(0.5)
@@ -244,13 +244,13 @@ def test_azure_cli_signs_in(azure_container: str, azurite_server: str, tmp_path:
     (tmp_path / ".azure").mkdir()
     (tmp_path / ".azure" / "azureProfile.json").write_text("{}")
     token = {"accessToken": "its-token", "expiresOn": "2100-01-01 00:00:00.000000", "tokenType": "Bearer"}
+    token |= {"subscription": "s", "tenant": "t"}
     with FaultyProxy(azurite_server) as proxy:
         monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{proxy.url}/devstoreaccount1")
         proxy.instead = lambda request: asked.append(request)
-        for answer, words in (
-            (f"echo '{json.dumps(token | {'subscription': 's', 'tenant': 't'})}'", "grant the account|credentials"),
-            ("echo 'ERROR: Please run az login' >&2; exit 1", "no usable Azure credentials"),
-        ):
+        gives = f"echo '{json.dumps(token)}'"
+        refuses = "echo 'ERROR: Please run az login' >&2; exit 1"
+        for answer, words in ((gives, "grant the account|credentials"), (refuses, "no usable Azure credentials")):
             (tmp_path / "az").write_text(f"#!/bin/sh\n{answer}\n")
             (tmp_path / "az").chmod(0o755)
             raised(NoPermissionError, words, open_store(azure_container, Retry(0)).read, "key")
@@ -284,7 +284,9 @@ def test_configuration_of_fsspec_applies(remote_bucket: str, way: str, started, 
         elif way == "a variable each":
             variables |= {f"FSSPEC_{scheme}_{name}".upper(): str(value) for name, value in options.items()}
         else:
-            (folder / "conf.json").write_text(json.dumps({scheme: options}))
+            # What is true is the project of the options.
+            named = {"requester_pays": True, "project": "my-project"} if scheme == "gs" else {}
+            (folder / "conf.json").write_text(json.dumps({scheme: options | named}))
         for name in SERVERS[scheme].variables(""):
             if not name.startswith(("AWS_ACCESS", "AWS_SECRET")):
                 monkeypatch.delenv(name, raising=False)

@@ -27,6 +27,7 @@ from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
 from job.store.base import Blob, Entry
 from tests.conftest import new_bucket
+from tests.job.command_line import raised
 from tests.servers import KINDS, SERVERS
 
 LARGE_BYTES = 33 << 20
@@ -57,14 +58,6 @@ def every_call(store: Store, file: Path, key: str = "key", version: str = "12345
         "delete": lambda: store.delete(key),
         "exists": lambda: store.exists(key),
     }
-
-
-def raised(error: type[JobError], words: str, call: Callable[..., object], *args: object) -> str:
-    """The line with which a call raises this error."""
-    with pytest.raises(error, match=words) as caught:
-        pytest.fail(f"no error, but {call(*args)}")
-    assert type(caught.value) is error
-    return str(caught.value)
 
 
 def all_raise(error: type[JobError], words: str, calls: Collection[Callable[[], object]]) -> list[str]:
