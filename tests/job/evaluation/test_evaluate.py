@@ -266,8 +266,10 @@ def test_a_missed_score_is_made_later(training):
 # From none to the most; Inception, which sees some 17 images a second on two cores, sees no damage between.
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "radii", "sigmas"), [("inception", [2], [25]), ("mobilenet", [1, 2], [8, 25])])
-def test_scores_grow_with_the_damage(tmp_path, name, radii, sigmas):
+@pytest.mark.parametrize(
+    ("name", "count", "radii", "sigmas"), [("inception", 40, [2], [25]), ("mobilenet", 75, [1, 2], [8, 25])]
+)
+def test_scores_grow_with_the_damage(tmp_path, name, count, radii, sigmas):
     """Scores of real images against damaged copies of others: the embedded ones, in two halves without an order."""
     extract = locate_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
 
@@ -279,8 +281,8 @@ def test_scores_grow_with_the_damage(tmp_path, name, radii, sigmas):
         names = [name for name in sorted(archive.namelist()) if not name.endswith((".txt", "/"))]
         tiles = [Image.open(archive.open(name)).convert("RGB") for name in names]
     order = np.random.default_rng(0).permutation(len(tiles))
-    one, other = ([tiles[number] for number in half] for half in (order[:75], order[75:150]))
-    noise, real, undamaged = np.random.default_rng(1).normal(size=(75, 64, 64, 3)), features(one), features(other)
+    one, other = ([tiles[number] for number in half] for half in (order[:count], order[75 : 75 + count]))
+    noise, real, undamaged = np.random.default_rng(1).normal(size=(count, 64, 64, 3)), features(one), features(other)
     for damaged in (
         [[image.filter(ImageFilter.GaussianBlur(radius)) for image in other] for radius in radii],
         [(np.stack(other) + sigma * noise).clip(0, 255).round().astype(np.uint8) for sigma in sigmas],
