@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
 from ddpm import metrics
 from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
 from job.evaluation.evaluate import features_of
 from job.evaluation.evaluation_plan import EXTRACTORS, locate_extractor
-from job.exits import BadDataError, Exit, MissingInputError, StoppedError
+from job.exits import BadDataError, Exit, MissingInputError
 from job.store import open_store
 from job.verbs.upkeep import verify_run
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
@@ -185,15 +186,15 @@ def test_weights_are_known_by_their_hash(bucket, tmp_path, monkeypatch):
 def test_dinov2_files_are_read(bucket, tmp_path):
     """Weights that nobody trained, under Meta's names: the network is timm's."""
     import timm
-    from safetensors.torch import save_file
 
+    store, cpu = open_store(str(bucket)), torch.device("cpu")
     network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224, init_values=1.0).eval()
     at_518 = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
     tensors = at_518.state_dict() | {"mask_token": torch.zeros(1, 384)}
     save_file(tensors, tmp_path / "vits14.safetensors")
-    found = locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "vits14.safetensors"))
+    found = locate_extractor("dinov2", store, str(tmp_path / "vits14.safetensors"))
     assert len(found.extractor.sha256) == 64
-    features, logits = found.load(torch.device("cpu"))(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    features, logits = found.load(cpu)(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     assert (features.shape, logits) == ((2, 384), None)
     # As the network that timm makes for 224 pixels, with the positions that timm interpolates for it.
     network.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(at_518.state_dict(), network))
@@ -201,31 +202,37 @@ def test_dinov2_files_are_read(bucket, tmp_path):
     black = (-mean / std).view(1, 3, 1, 1).expand(1, 3, 224, 224)
     with torch.no_grad():
         assert (network(black) - features[:1]).abs().max() < 1e-4
-    tensors["norm.bias"] = torch.full((384,), torch.nan)
-    save_file(tensors, tmp_path / "damaged.safetensors")
-    damaged = locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "damaged.safetensors"))
-    with pytest.raises(BadDataError, match=r"damaged.safetensors: its features of images are not finite"):
-        damaged.load(torch.device("cpu"))(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    save_file({"head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    other = locate_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "other.safetensors"))
-    with pytest.raises(BadDataError, match="holds no weights of DINOv2"):
-        other.load(torch.device("cpu"))
+    for odd, said in (
+        (tensors | {"norm.bias": torch.full((384,), torch.nan)}, "odd.safetensors: its features of images are not fin"),
+        ({"head.weight": torch.zeros(2)}, "holds no weights of DINOv2"),
+    ):
+        save_file(odd, tmp_path / "odd.safetensors")
+        damaged = locate_extractor("dinov2", store, str(tmp_path / "odd.safetensors"))
+        with pytest.raises(BadDataError, match=said):
+            damaged.load(cpu)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(MissingInputError, match=re.escape("extractors/dinov2.safetensors")):
         locate_extractor("dinov2", open_store(str(tmp_path)))
 
 
-@pytest.mark.slow
-def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
-    """The best of three epochs is the first here, by a learning rate that soon spoils everything."""
+SCORED = {"evaluate__every_epochs": "1", "evaluate__images": "16", "evaluate__references": "32"}
+SCORED["evaluate__extractor"] = "mobilenet"
+
+
+@pytest.fixture
+def training(tiles, tmp_path):
+    """A bucket, and the words of training in it."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    return bucket, ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_best_checkpoint(training):
+    """The best of three epochs is the first here, by a learning rate that soon spoils everything."""
+    bucket, words = training
     rules = {"checkpoint__keep_last": "1", "checkpoint__every_epochs": "1", "checkpoint__keep_best": "true"}
-    scored = {"evaluate__every_epochs": "1", "evaluate__images": "16", "evaluate__references": "32"}
-    scored |= {"evaluate__extractor": "mobilenet", "evaluate__metrics": "mind,fid"}
-    words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
-    spoiling = {"train__learning_rate": "0.3", "train__warmup_images": "0"}
-    done = ddpm_here(*words, "--epochs", 1, *settings(**rules, **scored, **spoiling))
-    succeeded(done)
-    assert done.stderr.count("16 images: md-mobilenet") == 1
+    spoiling = {"train__learning_rate": "0.3", "train__warmup_images": "0", "evaluate__metrics": "mind,fid"}
+    done = ddpm_here(*words, "--epochs", 1, *settings(**rules, **SCORED, **spoiling))
+    assert succeeded(done) and done.stderr.count("16 images: md-mobilenet") == 1
     succeeded(ddpm_here(*words, "--epochs", 3))
     run = bucket / "runs/r"
     found = {row["images_seen"]: row for row in rows_of(run) if "md-mobilenet" in row}
@@ -241,84 +248,46 @@ def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missed_score_is_made_later(tiles, tmp_path, monkeypatch):
-    """Also that of the last epoch, after which nothing else would be saved; and a rotten piece is no reason to end."""
-    bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
-    scored = {"evaluate__every_epochs": "1", "evaluate__images": "16", "evaluate__references": "32"}
-
-    def stopped(judge, painter):
-        raise StoppedError("stopped by a test")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("job.evaluation.evaluate.Evaluator.scores", stopped)
-        done = ddpm_here(*words, *settings(**scored, evaluate__extractor="mobilenet"))
-        assert done.returncode in (0, Exit.STOPPED), done.stderr
-    (piece, *_) = bucket.glob("datasets/tiles-16/references/*/piece-00001.safetensors")
+def test_a_missed_score_is_made_later(training):
+    """Of two processes that stop while scoring, after the last epoch; and a rotten piece is no reason to end."""
+    bucket, words = training
+    process = started(*words, "--epochs", 1, "--processes", 2, *settings(**SCORED))
+    (piece, *_) = eventually(lambda: list(bucket.glob("datasets/tiles-16/references/*/piece-00001.safetensors")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=40) == Exit.STOPPED, process.stdout.read()
+    assert not [row for row in rows_of(bucket / "runs/r") if "kd-mobilenet" in row]
     damaged = flip_a_bit(piece, -1).read_bytes()
-    succeeded(ddpm_here(*words))
+    succeeded(ddpm_here(*words, "--epochs", 1))
     assert [row["images_seen"] for row in rows_of(bucket / "runs/r") if "kd-mobilenet" in row] == [312]
     assert piece.read_bytes() != damaged
     assert verify_run(open_store(str(bucket)), "r").problems == []
-
-
-@pytest.mark.slow
-def test_two_processes_stop_while_scoring(tiles, tmp_path):
-    bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    scored = {"evaluate__every_epochs": "1", "evaluate__images": "20", "evaluate__extractor": "mobilenet"}
-    words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket, "--processes", 2)
-    process = started(*words, *settings(**scored))
-    eventually(lambda: list(bucket.glob("datasets/tiles-16/references/*/piece-*")))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=40) == Exit.STOPPED, process.stdout.read()
-
-
-SIDE = 75
-"""Images of each half."""
-
-
-def halves() -> tuple[np.ndarray, np.ndarray]:
-    """The embedded tiles at 64 pixels, in two halves that have no order, uint8 [n, 64, 64, 3]."""
-    with ZipFile(str(resources.files("job") / "datasets" / "landscape-sample.zip")) as archive:
-        names = [name for name in sorted(archive.namelist()) if not name.endswith((".txt", "/"))]
-        tiles = []
-        for name in names:
-            with archive.open(name) as file:
-                tiles.append(np.asarray(Image.open(file).convert("RGB")))
-    order = np.random.default_rng(0).permutation(len(tiles))
-    shuffled = np.stack(tiles)[order]
-    return shuffled[:SIDE], shuffled[SIDE : 2 * SIDE]
-
-
-def blurred(images: np.ndarray, radius: float) -> np.ndarray:
-    return np.stack([np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(radius))) for one in images])
-
-
-def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
-    noise = np.random.default_rng(1).normal(0, sigma, images.shape)
-    return (images + noise).clip(0, 255).round().astype(np.uint8)
 
 
 # From none to the most; Inception, which sees some 17 images a second on two cores, sees no damage between.
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "radii", "sigmas"),
-    [("inception", [2], [25]), ("mobilenet", [1, 2], [8, 25])],
-    ids=["inception", "mobilenet"],
+    ("name", "count", "radii", "sigmas"), [("inception", 40, [2], [25]), ("mobilenet", 75, [1, 2], [8, 25])]
 )
-def test_scores_grow_with_the_damage(tmp_path, name, radii, sigmas):
-    """Scores of real images against damaged copies of others."""
+def test_scores_grow_with_the_damage(tmp_path, name, count, radii, sigmas):
+    """Scores of real images against damaged copies of others: the embedded ones, in two halves without an order."""
     extract = locate_extractor(name, open_store(str(tmp_path))).load(torch.device("cpu"))
 
-    def features(images: np.ndarray) -> torch.Tensor:
-        parts = [features_of(extract, part, torch.device("cpu")) for part in np.array_split(images, 8)]
-        return torch.cat([part["features"] for part in parts])
+    def features(images) -> torch.Tensor:
+        parts = np.array_split(np.stack([*map(np.asarray, images)]), 8)
+        return torch.cat([features_of(extract, part, torch.device("cpu"))["features"] for part in parts])
 
-    one, other = halves()
-    real, undamaged = features(one), features(other)
-    for damage, strengths in ((blurred, radii), (noisy, sigmas)):
-        drawn = [undamaged, *(features(damage(other, strength)) for strength in strengths)]
+    with ZipFile(str(resources.files("job") / "datasets" / "landscape-sample.zip")) as archive:
+        names = [name for name in sorted(archive.namelist()) if not name.endswith((".txt", "/"))]
+        tiles = [Image.open(archive.open(name)).convert("RGB") for name in names]
+    order = np.random.default_rng(0).permutation(len(tiles))
+    one, other = ([tiles[number] for number in half] for half in (order[:count], order[75 : 75 + count]))
+    noise, real, undamaged = np.random.default_rng(1).normal(size=(count, 64, 64, 3)), features(one), features(other)
+    for damaged in (
+        [[image.filter(ImageFilter.GaussianBlur(radius)) for image in other] for radius in radii],
+        [(np.stack(other) + sigma * noise).clip(0, 255).round().astype(np.uint8) for sigma in sigmas],
+    ):
+        drawn = [undamaged, *map(features, damaged)]
         for metric, least in (("fid", 1.5), ("mind", 2.5)):
             scores = [dict(metrics.compared((metric,), each, real))[metric] for each in drawn]
             assert scores == sorted(scores)

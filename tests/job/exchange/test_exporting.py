@@ -15,22 +15,33 @@ from ddpm.objective import Condition
 from job.exits import Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.launching import StopWhen
 
 FLOW = {"diffusion__schedule": "flow", "diffusion__prediction": "flow", "diffusion__weighting": "plain"}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def bucket(tiles, tmp_path_factory):
-    """With a run of images, and one of classes."""
+    """With a run of images, which has damaged scores, and one of classes."""
     bucket = shutil.copytree(tiles, tmp_path_factory.mktemp("exporting") / "bucket")
     for run, changes in (("images", {"model__num_classes": "0", "ema__stds": "0.1"}), ("classes", {})):
-        train = ("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket)
-        succeeded(ddpm_here(*train, *settings(**changes)))
+        train(bucket, run, settings(**changes))
+    (bucket / "runs/images/evaluations/damaged").mkdir(parents=True)
+    (bucket / "runs/images/evaluations/damaged/scores.json").write_text("{}")
     return bucket
+
+
+def train(bucket, run, sets):
+    succeeded(ddpm_here("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket, *sets))
 
 
 def export(bucket, run, to, *more):
     return ddpm_here("export", "--run", run, "--to", to, "--bucket", bucket, *more)
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def told(out, **changes):
@@ -51,10 +62,9 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
     done = export(bucket, "images", tmp_path / "out")
     assert f"{tmp_path}/out  (epoch-0001, weights ema, " in succeeded(done)
-    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    names = files_in(tmp_path / "out")
     beside = {"README.md", "grid.png", "run_config.yaml", "scheduler/scheduler_config.json"}
-    assert names == {"model_index.json", *unet, *beside}
+    assert names == {"model_index.json", "unet/config.json", WEIGHTS, *beside}
     card, seen = told(tmp_path / "out", **{"num_inference_steps=4": "num_inference_steps=5"})
     assert isinstance(seen["pipeline"], DDIMPipeline)
     assert "Licence of the images: not stated." in card and "299 images of tiles" in card
@@ -68,8 +78,7 @@ def test_exports_are_pipelines_with_cards(bucket, tmp_path, monkeypatch):
 
 
 def test_card_of_a_rectified_flow_has_its_pipeline(bucket, tmp_path):
-    words = ("--dataset", "tiles", "--run", "flow", "--epochs", 1, "--bucket", bucket)
-    succeeded(ddpm_here("train", *words, *settings(model__num_classes="0", **FLOW)))
+    train(bucket, "flow", settings(model__num_classes="0", **FLOW))
     succeeded(export(bucket, "flow", tmp_path / "out"))
     _, seen = told(tmp_path / "out")
     assert type(seen["pipeline"].scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
@@ -83,25 +92,28 @@ def test_killed_exports_resume(bucket, tmp_path):
     assert (tmp_path / "out/model_index.json").exists()
     # Other weights under the same name are somebody else's; only these have a grid.
     (tmp_path / "out/grid.png").unlink()
-    weights = (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    weights = (tmp_path / "out" / WEIGHTS).read_bytes()
     line = refused(export(bucket, "images", tmp_path / "out", "--weights", "model"), Exit.BAD_REQUEST)
     assert line == f"ddpm: --to {tmp_path}/out: another export is there already; name another folder, or an empty one"
-    assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
-
-
-def test_exports_have_the_chosen_average(bucket, tmp_path):
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == weights
+    # The chosen average, of a chosen checkpoint.
     from safetensors.torch import load_file
 
-    succeeded(export(bucket, "images", tmp_path / "ema"))
     succeeded(export(bucket, "images", tmp_path / "other", "--weights", "ema-0.10", "--checkpoint", "1"))
     (stored,) = (bucket / "runs/images/checkpoints").glob("*/ema-0.1-00.safetensors")
-    name = "unet/diffusion_pytorch_model.safetensors"
-    exported, average = load_file(tmp_path / "other" / name), load_file(stored)
+    exported, average = load_file(tmp_path / "other" / WEIGHTS), load_file(stored)
     assert all(torch.equal(tensor, average[key]) for key, tensor in exported.items())
-    assert (tmp_path / "other" / name).read_bytes() != (tmp_path / "ema" / name).read_bytes()
-    missing = export(bucket, "images", tmp_path / "none", "--weights", "ema-0.2")
-    assert "ddpm ema --run images --std 0.2" in refused(missing, Exit.MISSING_INPUT)
-    assert not (tmp_path / "none").exists()
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != weights
+
+
+def test_stopped_exports_leave_nothing(bucket, tmp_path, monkeypatch):
+    is_begun = StopWhen((tmp_path / "out/run_config.yaml").exists)
+    # In the place of one that listens to signals.
+    is_begun.install = lambda: is_begun
+    monkeypatch.setattr("job.exchange.exporting.Stop", lambda: is_begun)
+    said = refused(export(bucket, "images", tmp_path / "out"), Exit.STOPPED)
+    assert "while exporting; its files are deleted, and the same command begins again" in said
+    assert files_in(tmp_path / "out") == set()
 
 
 @pytest.mark.parametrize(
@@ -122,8 +134,7 @@ def test_exports_with_classes_bring_their_pipeline(bucket, tmp_path, monkeypatch
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     out, labels = str(tmp_path / "out"), [4, 0, 2]
-    train = ("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket)
-    succeeded(ddpm_here(*train, *settings(**changes)))
+    train(bucket, run, settings(**changes))
     done = export(bucket, run, out)
     succeeded(done)
     assert "without model_index.json" not in done.stderr
@@ -159,25 +170,22 @@ def test_classes_are_named_as_on_the_hub(bucket, tmp_path, capfd):
         assert unet.config.num_class_embeds == len(names)
 
 
-def test_impossible_exports_leave_nothing(bucket, tmp_path):
+def test_impossible_exports_leave_nothing(bucket, tmp_path, small_disk):
     small = [word for word in settings() if word.startswith(("train.", "sample."))]
     tiny = ("model.kind=dit", "model.width=16", "model.depth=1", "model.heads=2", *small)
-    words = [word for setting in tiny for word in ("--set", setting)]
-    succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dit", "--epochs", 1, "--bucket", bucket, *words))
+    train(bucket, "dit", [word for setting in tiny for word in ("--set", setting)])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
+    (small_disk / "filler").write_bytes(bytes(1_900_000))
     for run, to, code, said, *more in [
         ("dit", "dit", Exit.BAD_REQUEST, "model.kind=dit is not a network"),
         ("images", "full", Exit.BAD_REQUEST, "notes.txt is there already"),
         ("images", "x", Exit.BAD_REQUEST, "such as 80, or latest", "--checkpoint", "1,2"),
+        ("images", "x", Exit.MISSING_INPUT, "ddpm ema --run images --std 0.2", "--weights", "ema-0.2"),
         ("nope", "x", Exit.MISSING_INPUT, "no run 'nope'"),
+        ("images", small_disk / "x", Exit.DISK_FULL, ""),
     ]:
         assert said in refused(export(bucket, run, tmp_path / to, *more), code)
+        assert files_in(tmp_path / to) <= {"notes.txt"}
     assert not (tmp_path / "x").exists()
-
-
-def test_full_disks_get_no_export(bucket, small_disk):
-    (small_disk / "filler").write_bytes(bytes(1_900_000))
-    refused(export(bucket, "images", small_disk / "out"), Exit.DISK_FULL)
-    assert not [path for path in (small_disk / "out").rglob("*") if path.is_file()]
     assert open_store(str(bucket)).exists("runs/images/LATEST")

@@ -8,13 +8,10 @@ import re
 import shutil
 import signal
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import sha1, sha256
+from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import Any
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,136 +20,88 @@ from huggingface_hub import constants
 
 from job.exits import Exit
 from tests.job.answering import JsonHandler, serving
-from tests.job.command_line import DDPM, ddpm_here, refused, started, succeeded
+from tests.job.command_line import ddpm_here, refused, started, succeeded
 
 TOKEN = "hf_a-token-of-nobody-1c9e"
 KEPT = Path(__file__).parents[2] / "kept/format-3.tar.gz"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@dataclass
-class Repository:
+def repository(visibility="private", **files):
     """Its files, and what the commits said."""
-
-    visibility: str
-    files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs\n"})
-    messages: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"{len(self.messages):040x}"
-
-    def entry(self, path: str) -> dict[str, Any]:
-        """What the hub says of a file, be it there or not."""
-        content, is_large = self.files.get(path), path.endswith(".safetensors")
-        oid = content and (sha256(content) if is_large else sha1(b"blob %d\0" % len(content) + content)).hexdigest()
-        mode = {"uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
-        return {"type": "file", "path": path, "size": len(content or b""), "oid": oid, **mode}
+    return SimpleNamespace(visibility=visibility, files={".gitattributes": b"", **files}, messages=[])
 
 
-@dataclass
-class Hub:
-    """A small hub of Hugging Face: what it has, and what it has heard."""
+class Hub(JsonHandler):
+    """A small hub of Hugging Face: what it has, what it has heard, and what it says instead of answers."""
 
-    url: str = ""
-    repositories: dict[str, Repository] = field(default_factory=dict)
-    large: dict[str, bytes] = field(default_factory=dict)
-    """Large files by SHA-256, which come before the commit that names them."""
-    requests: list[str] = field(default_factory=list)
-    refusals: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    """Answers instead, by a pattern of method and path."""
-    silent: bool = False
-    heard: Event = field(default_factory=Event)
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size + 2)[:-2]
+        self.rfile.readline()
+        return content
 
-    def answer(self, path: str, body: bytes) -> tuple[int, Any]:
+    def answer(self):
+        path, body, token, there = urlsplit(self.path).path, self.body(), self.headers.get("Authorization"), self.there
+        there.requests.append(f"{self.command} {path}")
+        there.heard.set()
+        if there.silent:
+            Event().wait(60)
+        for pattern, refusal in there.refusals.items():
+            if re.search(pattern, there.requests[-1]):
+                return self.say(*refusal)
+        if path.startswith("/large/"):
+            # Of a signed URL, where a token would not belong. Large files come before the commit that names them.
+            assert token is None and f"/large/{sha256(body).hexdigest()}" == path
+            there.large[path.removeprefix("/large/")] = body
+            return self.say(200, {})
+        if token != f"Bearer {TOKEN}":
+            return self.say(401, {"error": "Invalid credentials in Authorization header"})
+        code, said = self.said(there, path, [json.loads(line) for line in body.splitlines()])
+        self.say(code, said, **({"X-Error-Code": "RepoNotFound"} if code == 404 else {}))
+
+    do_GET = do_POST = do_PUT = answer
+
+    def said(self, there, path, heard):
         """What the endpoints say that its client uses for a push, with the rules of the real one."""
         if path == "/api/repos/create":
-            return self.create(json.loads(body))
+            name, code = f"{heard[0]['organization']}/{heard[0]['name']}", 409
+            if name not in there.repositories:
+                # Older clients say in the first way that it is private.
+                visibility = "private" if heard[0].get("private") else heard[0].get("visibility", "public")
+                there.repositories[name], code = repository(visibility), 200
+            return code, {"url": f"{there.url}/{name}"}
         if path == "/api/validate-yaml":
-            said = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
-            valid = re.fullmatch(r"[a-z0-9.-]+", said.get("license_name", "none")) and "library_name" in said
+            about = yaml.safe_load(heard[0]["content"].split("---\n")[1])
+            valid = re.fullmatch(r"[a-z0-9.-]+", about.get("license_name", "none")) and "library_name" in about
             return 200 if valid else 400, {"errors": [] if valid else [{"message": "an odd name"}], "warnings": []}
         name, what = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?(/.+)?", path).groups()
-        if (repository := self.repositories.get(name)) is None:
+        if (pushed := there.repositories.get(name)) is None:
             return 404, {"error": "Repository not found"}
         if what == "/tree/main":
-            return 200, [*map(repository.entry, repository.files)]
+            return 200, [{"type": "file", "path": each, "size": 0, "oid": ""} for each in pushed.files]
         if what == "/preupload/main":
-            return 200, {"files": [repository.entry(each["path"]) for each in json.loads(body)["files"]]}
+            names = [each["path"] for each in heard[0]["files"]]
+            modes = {each: "lfs" if each.endswith(".safetensors") else "regular" for each in names}
+            return 200, {"files": [{"path": each, "uploadMode": modes[each], "shouldIgnore": False} for each in modes]}
         if what == "/info/lfs/objects/batch":
-            objects = json.loads(body)["objects"]
-            for each in objects:
-                if each["oid"] not in self.large:
-                    each["actions"] = {"upload": {"href": f"{self.url}/large/{each['oid']}"}}
-            return 200, {"transfer": "basic", "objects": objects}
+            for each in heard[0]["objects"]:
+                each["actions"] = {"upload": {"href": f"{there.url}/large/{each['oid']}"}}
+            return 200, {"transfer": "basic", "objects": heard[0]["objects"]}
         if what == "/commit/main":
-            self.commit(repository, [json.loads(line) for line in body.splitlines()])
-            return 200, {"commitUrl": f"{self.url}/{name}/commit/{repository}", "commitOid": str(repository)}
+            for key, value in ((line["key"], line["value"]) for line in heard[1:]):
+                if key == "deletedFile":
+                    del pushed.files[value["path"]]
+                else:
+                    content = base64.b64decode(value["content"]) if key == "file" else there.large[value["oid"]]
+                    pushed.files[value["path"]] = content
+            pushed.messages.append(heard[0]["value"]["summary"])
+            return 200, {"commitUrl": f"{there.url}/{name}/commit/1", "commitOid": "1" * 40}
         assert what in (None, "/revision/main")
-        is_private = repository.visibility == "private"
-        return 200, {"id": name, "private": is_private, "sha": str(repository), "siblings": []}
-
-    def create(self, asked: dict[str, Any]) -> tuple[int, Any]:
-        """Makes a repository, unless there is one; older clients say in the first way that it is private."""
-        name, owner = asked["name"], asked["organization"]
-        if owner not in ("me", "my-org"):
-            return 403, {"error": f"You don't have the rights to create a model under the namespace {owner}"}
-        code = 409 if f"{owner}/{name}" in self.repositories else 200
-        visibility = "private" if asked.get("private") else asked.get("visibility", "public")
-        self.repositories.setdefault(f"{owner}/{name}", Repository(visibility))
-        return code, {"url": f"{self.url}/{owner}/{name}"}
-
-    def commit(self, repository: Repository, lines: list[Any]) -> None:
-        """Takes all of it, or nothing."""
-        files = dict(repository.files)
-        for key, value in ((line["key"], line["value"]) for line in lines[1:]):
-            if key == "deletedFile":
-                del files[value["path"]]
-            else:
-                content = base64.b64decode(value["content"]) if key == "file" else self.large[value["oid"]]
-                files[value["path"]] = content
-        repository.files = files
-        repository.messages.append(lines[0]["value"]["summary"])
-
-
-@contextmanager
-def hub() -> Iterator[Hub]:
-    """A hub with no repositories, for as long as the block lasts."""
-    there = Hub()
-
-    class Handler(JsonHandler):
-        def body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-
-        def answer(self) -> None:
-            path, body, token = urlsplit(self.path).path, self.body(), self.headers.get("Authorization")
-            there.requests.append(f"{self.command} {path}")
-            there.heard.set()
-            if there.silent:
-                Event().wait(60)
-            for pattern, refusal in there.refusals.items():
-                if re.search(pattern, there.requests[-1]):
-                    return self.say(*refusal)
-            if path.startswith("/large/"):
-                # Of a signed URL, where a token would not belong.
-                assert token is None and f"/large/{sha256(body).hexdigest()}" == path
-                there.large[path.removeprefix("/large/")] = body
-                return self.say(200, {})
-            if token != f"Bearer {TOKEN}":
-                return self.say(401, {"error": "Invalid credentials in Authorization header"})
-            code, said = there.answer(path, body)
-            self.say(code, said, **({"X-Error-Code": "RepoNotFound"} if code == 404 else {}))
-
-        do_GET = do_POST = do_PUT = answer
-
-    with serving(Handler) as there.url:
-        yield there
+        return 200, {"id": name, "private": pushed.visibility == "private", "sha": "0" * 40, "siblings": []}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +115,8 @@ def bucket(tmp_path_factory):
 @pytest.fixture
 def server(monkeypatch):
     """A hub that this process finds, with a token that may write. It takes no Xet, the protocol of the real one."""
-    with hub() as there:
+    there = SimpleNamespace(repositories={}, large={}, requests=[], refusals={}, silent=False, heard=Event())
+    with serving(type("Handler", (Hub,), {"there": there})) as there.url:
         # The client reads these variables when it is imported.
         monkeypatch.setattr(constants, "ENDPOINT", there.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -214,56 +164,51 @@ def test_names_are_checked_first(server, tmp_path, name):
     assert server.requests == []
 
 
+AWAY, REFUSED, NO_TOKEN = Exit.BUCKET_AWAY, Exit.BAD_REQUEST, Exit.NO_PERMISSION
+GONE = {"create": (500, "<html>\x1b[31m"), "me/x": (404, {"error": "Repository not found"})}
+INVALID = {"validate": (400, {"errors": [{"message": "no"}]})}
+
+
 @pytest.mark.parametrize(
     ("refusal", "code", "said"),
     [
-        ({"create": (401, {"error": "Invalid username or password."})}, Exit.NO_PERMISSION, "hf auth login"),
-        ({"commit": (403, {"error": "Forbidden: pass a write token"})}, Exit.NO_PERMISSION, "pass a write token"),
-        ({"commit": (409, {"error": "main has moved"})}, Exit.BUCKET_AWAY, "changed during the push (main has moved)"),
-        ({"commit": (413, {"error": "too large"})}, Exit.BAD_REQUEST, "refuses the push to me/x: too large"),
-        (
-            {"create": (500, "<html>\x1b[31m"), "me/x": (404, {"error": "Repository not found"})},
-            Exit.BUCKET_AWAY,
-            "the hub does not answer",
-        ),
-        ({"validate": (400, {"errors": [{"message": "no"}]})}, Exit.BAD_REQUEST, "Invalid metadata in README.md. - no"),
-        ({"validate": (502, "<html>")}, Exit.BUCKET_AWAY, "the hub does not answer"),
-        ("hf_odd\x01one", Exit.NO_PERMISSION, "no usable token of the hub: sign in with `hf auth"),
-        ("http://127.0.0.1:9", Exit.BUCKET_AWAY, "the hub does not answer (Connection refused): check the network"),
-        ({"pytorch_model.bin": b"mine"}, Exit.BAD_REQUEST, "pytorch_model.bin is there already"),
+        ({"create": (401, {"error": "Invalid username or password."})}, NO_TOKEN, "hf auth login"),
+        ({"commit": (403, {"error": "Forbidden: pass a write token"})}, NO_TOKEN, "pass a write token"),
+        ({"commit": (409, {"error": "main has moved"})}, AWAY, "changed during the push (main has moved)"),
+        ({"commit": (413, {"error": "too large"})}, REFUSED, "refuses the push to me/x: too large"),
+        (GONE, AWAY, "the hub does not answer"),
+        (INVALID, REFUSED, "Invalid metadata in README.md. - no"),
+        ({"validate": (502, "<html>")}, AWAY, "the hub does not answer"),
+        ({"HF_TOKEN": "hf_odd\x01one"}, NO_TOKEN, "no usable token of the hub: sign in with `hf auth"),
+        ({"ENDPOINT": "http://127.0.0.1:9"}, AWAY, "does not answer (Connection refused): check the network"),
+        ({"pytorch_model.bin": b"mine"}, REFUSED, "pytorch_model.bin is there already"),
     ],
 )
 def test_refusals_of_the_hub_are_one_line(bucket, server, monkeypatch, refusal, code, said):
-    match refusal:
-        case {"pytorch_model.bin": _}:
-            server.repositories["me/x"] = Repository("public", refusal)
-        case dict():
-            server.refusals |= refusal
-        case str() if refusal.startswith("hf_"):
-            monkeypatch.setenv("HF_TOKEN", refusal)
-        case str():
-            monkeypatch.setattr(constants, "ENDPOINT", refusal)
+    if "pytorch_model.bin" in refusal:
+        server.repositories["me/x"] = repository("public", **refusal)
+    server.refusals |= refusal
+    monkeypatch.setenv("HF_TOKEN", refusal.get("HF_TOKEN", TOKEN))
+    monkeypatch.setattr(constants, "ENDPOINT", refusal.get("ENDPOINT", server.url))
     line = refused(push(bucket, "me/x"), code)
     assert said in line and "\x1b" not in line and "hf_odd" not in line
-    assert not server.repositories.get("me/x", Repository("private")).messages
+    assert not server.repositories.get("me/x", repository()).messages
 
 
 @pytest.mark.slow
-def test_a_silent_hub_can_be_left(bucket, tmp_path):
+def test_a_silent_hub_can_be_left(bucket, server, tmp_path):
     """And what a process takes from the environment alone."""
-    with hub() as there:
-        there.silent = True
-        words = ("export", "--run", "pixels", "--push", "me/x", "--bucket", shutil.copytree(bucket, tmp_path / "b"))
-        variables = {"HF_ENDPOINT": there.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        process = started(*words, program=(DDPM,), **variables)
-        assert there.heard.wait(60)
-        process.send_signal(signal.SIGINT)
+    words = ("export", "--run", "pixels", "--push", "me/x", "--bucket", shutil.copytree(bucket, tmp_path / "b"))
+    for server.silent, code, line in (
+        (True, Exit.STOPPED, "stopped by SIGINT while waiting for me/x"),
+        (False, Exit.FINISHED, "/me/x  (epoch-0002, weights ema, "),
+    ):
+        server.heard.clear()
+        process = started(*words, HF_ENDPOINT=server.url, HF_HUB_DISABLE_XET="1")
+        if server.silent:
+            assert server.heard.wait(60)
+            process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
-        assert process.returncode == Exit.STOPPED
-        assert "stopped by SIGINT while waiting for me/x" in said
-        there.silent = False
-        again = started(*words, program=(DDPM,), **variables)
-        said, _ = again.communicate(timeout=60)
-        assert again.returncode == 0, said
+        assert process.returncode == code and line in said, said
         assert TOKEN not in said
-    assert len(there.repositories["me/x"].messages) == 1
+    assert len(server.repositories["me/x"].messages) == 1

@@ -19,7 +19,6 @@ from job.data.pack_request import PackRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metric_rows import History
-from job.runs.records import run_store
 from job.runs.run import open_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
@@ -35,9 +34,9 @@ def fill_hostile(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (len(CLASSES), 8, 16, 16, 3), np.uint8)
     # A zip's names have no slashes within a folder's.
     files = [
-        (f"{name.replace('/', '∕')}/{number}-{image}.png", encoded(Image.fromarray(noise[number, image])))
-        for number, name in enumerate(CLASSES)
-        for image in range(8)
+        (f"{name.replace('/', '∕')}/{number}.png", encoded(Image.fromarray(each)))
+        for name, images in zip(CLASSES, noise, strict=True)
+        for number, each in enumerate(images)
     ]
     source = zip_of(folder / "{{7*7}}<b>.zip", files)
     pack(open_store(str(folder)), PackRequest(str(source), "odd", 16, licence=MARKUP))
@@ -47,18 +46,14 @@ def fill_hostile(folder: Path) -> None:
 
 def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None:
     """Makes a run of one epoch look as if it were of many, with pictures that compress badly and all its metrics."""
-    store = run_store(open_store(str(bucket)), run)
-    found = open_run(str(bucket), run)
-    assert found.index is not None
-    noise = np.random.default_rng(0)
-    images, how = found.index.images, found.how_sampled
+    found, noise = open_run(str(bucket), run), np.random.default_rng(0)
+    store, images = found.run, found.dataset_images
     for epoch in np.linspace(1, epochs, grids).astype(int):
         # As smooth as photographs are, and 64 of them.
         coarse = Image.fromarray(noise.integers(0, 255, (80, 80, 3), np.uint8))
         smooth = encoded(coarse.resize((784, 784), Image.Resampling.BICUBIC))
-        store.put(f"samples/epoch-{epoch:04d}-{how}.png", smooth)
+        store.put(f"samples/epoch-{epoch:04d}-{found.how_sampled}.png", smooth)
     ref = max(list_checkpoints(store))
-    manifest = load_manifest(store, ref)
     logged = [
         {"images_seen": int(images * epochs * (i + 1) / rows), "time": 1.8e9 + i, "learning_rate": 2e-4}
         | {"images_per_second": 400 + noise.random(), "memory_bytes": 9e9 + i}
@@ -67,8 +62,8 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
     ]
     history = History(store, (), found.config)
     history.add(logged, CheckpointRef(ref.fence, 1), is_hurried=False)
-    named = manifest.model_copy(update={"segments": history.segments})
-    store.put(ObjectKind.MANIFEST.key(checkpoint=ref), named.to_json())
+    manifest = load_manifest(store, ref).model_copy(update={"segments": history.segments})
+    store.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
 
 
 def multiply(bucket: Path, run: str, count: int) -> None:

@@ -9,11 +9,9 @@ import base64
 import html
 import io
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -32,33 +30,20 @@ from job.runs.records import Attempt, LastStatus, Status
 from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import DDPM, ddpm_here, refused, settings, succeeded
-from tests.job.report.hostile import (
-    CLASSES,
-    FORGED,
-    data_of,
-    fill_hostile,
-    forged,
-    gif,
-    lengthen,
-    multiply,
-    png,
-)
+from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
+from tests.job.report import hostile
+from tests.job.report.hostile import FORGED, data_of, forged, lengthen, multiply
 
 SHOWN = {"sixteen bits"}
-NUMBERS = {
-    "many large frames": "300 × 4,000 × 4,000",
-    "many small frames": "100,000 × 1 × 1",
-    "a header alone": "900000000",
-}
+NUMBERS = {"many large frames": "300 × 4,000 × 4,000", "many small frames": "100,000 × 1 × 1"}
+NUMBERS["a header alone"] = "900000000"
 
 
 def reported(bucket, *words):
     """The page that `ddpm report` writes: of a run, or of the bucket."""
     done = ddpm_here("report", *words, "--bucket", bucket)
-    succeeded(done)
-    (uri,) = (line.split()[0] for line in done.stdout.splitlines())
-    return Path(uri).read_text(), done
+    (line,) = succeeded(done).splitlines()
+    return Path(line.split()[0]).read_text(), done
 
 
 def page_of(bucket, run):
@@ -67,7 +52,7 @@ def page_of(bucket, run):
 
 
 def test_hostile_words_are_text(made_once):
-    odd = made_once("odd", fill_hostile)
+    odd = made_once("odd", hostile.fill_hostile)
     page = (odd / "runs/odd/report.html").read_text()
     assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 1", "epoch 2"]
     assert '<span class="state finished">finished</span>' in page
@@ -77,7 +62,7 @@ def test_hostile_words_are_text(made_once):
     page = page_of(odd, "odd")
     scripts = re.findall(r"<script([^>]*)>", page)
     assert scripts == [' type="application/json" id="data-of-page"', "", ""]
-    for name in CLASSES:
+    for name in hostile.CLASSES:
         assert html.escape(name.replace("/", "∕"), quote=False) in page.replace("&#34;", '"').replace("&#39;", "'")
     assert not re.findall(r"<(?:img|b)[^>]*(?:onerror|>49)", page)
     assert "alert(1)</script>" not in page
@@ -88,11 +73,17 @@ def test_hostile_words_are_text(made_once):
     assert html.unescape(policy).count("'sha256-") == 2 and "unsafe-eval" not in policy
 
 
-def test_pages_say_how_a_run_differs_and_what_titles_of_grids_say(walked):
-    """On a phone the titles within pictures are too small to read."""
+def test_pages_say_how_a_run_differs_and_goes_on(walked, tmp_path):
+    found, again = open_run(str(walked), "walk"), f"ddpm train --dataset tiles --run walk --bucket {walked}"
+    facts, page = facts_of(found, "walk"), page_of(walked, "walk")
+    # On a phone the titles within pictures are too small to read.
     said = "Sampled by ddim, 4 steps, with the same seeds in all grids, from the first on, of the classes coast, desert"
-    assert said in page_of(walked, "walk")
-    found = open_run(str(walked), "walk")
+    assert said in page and f"Go on{again} --epochs 6 \n" in re.sub("<[^>]+>", "", page)
+    assert replace(facts, state="stopped").go_on == again
+    elsewhere = replace(found, bucket=open_store(str(tmp_path / "a b")))
+    assert f"--bucket '{tmp_path}/a b'" in facts_of(elsewhere, "walk").go_on
+    imported = facts_of(replace(found, config=found.config.updated({"data.dataset": ""})), "walk")
+    assert imported.go_on == "" and "Go on" not in run_page(imported, PictureCache(pytest.fail)).decode()
     config = follow_dataset(draft("landscape-sample", {"model.kind": "dit"}), found.index)
     assert facts_of(replace(found, config=config), "walk").differing == {"model.kind": ("unet", "dit")}
 
@@ -191,6 +182,9 @@ def test_bucket_pages_have_each_picture_once(bucket):
     runs = data_of(page)["runs"]
     assert [run["config"]["train.seed"] for run in runs.values()] == [0, 1, 2, 3]
     assert runs["walk"]["loss"] == runs["walk-000"]["loss"] and len(runs["walk"]["loss"]["values"]) > 3
+    (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(forged("a header alone"))
+    page, _ = reported(bucket)
+    assert "900000000" in page and page.count("data:image/webp;base64,") == 3
 
 
 @pytest.mark.slow
@@ -200,13 +194,6 @@ def test_bucket_pages_stay_small(bucket):
     began = time.process_time()
     page, _ = reported(bucket)
     assert time.process_time() - began < 60 and len(page.encode()) < 4e6
-
-
-def test_bucket_pages_name_forged_pictures(bucket):
-    multiply(bucket, "walk", 1)
-    (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(forged("a header alone"))
-    page, _ = reported(bucket)
-    assert "900000000" in page and page.count("data:image/webp;base64,") == 1
 
 
 def test_forged_pictures_and_damaged_rows_become_lines(bucket):
@@ -235,8 +222,7 @@ def test_forged_pictures_cost_no_training(tiles, tmp_path):
         (samples / f"images-00000000{number}-ddim-4.png").write_bytes(forged(what))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, *settings())
-    succeeded(done)
-    assert done.stderr.count("the page is without") == 3
+    assert succeeded(done) and done.stderr.count("the page is without") == 3
     page = (bucket / "runs/r/report.html").read_text()
     assert '<span class="state finished">finished</span>' in page and page.count(" is not shown: ") == 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
@@ -245,9 +231,9 @@ def test_forged_pictures_cost_no_training(tiles, tmp_path):
 @pytest.mark.parametrize(
     ("make", "shown"),
     [
-        (lambda: png(8000, 8700, bytes(8700 * (1 + 4 * 8000)), b"\x08\x06\0\0\0"), True),
-        (lambda: gif(270, 270, 950), True),
-        (lambda: gif(16, 16, 3, 13_000, 13_000), False),
+        (lambda: hostile.png(8000, 8700, bytes(8700 * (1 + 4 * 8000)), b"\x08\x06\0\0\0"), True),
+        (lambda: hostile.gif(270, 270, 950), True),
+        (lambda: hostile.gif(16, 16, 3, 13_000, 13_000), False),
     ],
 )
 def test_the_largest_pictures_cost_no_gigabyte(make, shown):
@@ -267,7 +253,6 @@ def test_failed_pages_cost_no_training(tiles, tmp_path, monkeypatch):
     monkeypatch.setattr("job.training.reporting.run_page", broken)
     words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, "--open")
     done = ddpm_here("train", *words, *settings())
-    succeeded(done)
     assert "the run's page stays as it was: ZeroDivisionError: a mistake" in done.stderr
     assert json.loads((bucket / "runs/r/status.json").read_text())["state"] == "finished"
     # Nor because there is none to open, which the same command wants of a finished run as well.
@@ -284,18 +269,14 @@ def test_evenly_has_both_ends():
 def test_page_is_there_from_the_beginning_to_a_stop(tiles, tmp_path):
     """It opens in the browser that a person names, and a stopped run has a page of its last moment."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
-    page, opened = bucket / "runs/r/report.html", tmp_path / "opened"
-    browser = tmp_path / "browser"
+    page, opened, browser = bucket / "runs/r/report.html", tmp_path / "opened", tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\nhead -c 400 "${{1#file://}}" > {opened}.part && mv {opened}.part {opened}\n')
     browser.chmod(0o755)
-    words = ["train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 9999, "--open", *settings()]
-    environment = os.environ | {"BROWSER": f"{browser} %s"}
-    child = subprocess.Popen([DDPM, *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True)
+    words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 9999, "--open", *settings())
+    child = started(*words, BROWSER=f"{browser} %s")
     try:
-        lines = iter(child.stderr)
-        assert next(lines) == f"the page of this run: {page}\n"
-        while "beginning" not in next(lines):
-            pass
+        assert f"the page of this run: {page}\n" in iter(child.stdout.readline, "")
+        assert any("beginning" in line for line in iter(child.stdout.readline, ""))
         assert '<span class="state running">running</span>' in page.read_text()
         assert "<!doctype html>" in opened.read_text().lower()
         # A row of the log, which the last page shows.
@@ -311,10 +292,8 @@ def test_page_is_there_from_the_beginning_to_a_stop(tiles, tmp_path):
 
 def test_page_shows_the_preview_of_the_dataset(bucket):
     def colours() -> int:
-        found = re.findall(
-            '"data:image/webp;base64,([^"]*)" alt="Images of the dataset, by class">', reported(bucket, "walk")[0]
-        )
-        (picture,) = map(base64.b64decode, found)
+        pattern = '"data:image/webp;base64,([^"]*)" alt="Images of the dataset, by class">'
+        (picture,) = map(base64.b64decode, re.findall(pattern, reported(bucket, "walk")[0]))
         return len(Image.open(io.BytesIO(picture)).convert("RGB").getcolors(1 << 24))
 
     preview = bucket / "datasets/tiles-16/preview.png"
@@ -333,14 +312,16 @@ def at(hours: float) -> str:
     return (BEGAN + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def attempt(fence: int, hours: float, dollars: float | None = 2.0, seen: LastStatus | None = None) -> Attempt:
+Seen = tuple[str, int, float]
+"""The state, images and hour that the status of an attempt said."""
+
+
+def attempt(fence: int, hours: float, dollars: float | None = 2.0, seen: Seen | None = None) -> Attempt:
+    """One that found this status of the one before."""
+    found = seen and LastStatus(state=seen[0], images_seen=seen[1], updated=at(seen[2]))
     of_machine = {"host": "h", "code_version": "c", "world_size": 1, "device": "d", "dollars_per_hour": dollars}
-    before = {"previous": fence - 1 or None, "previous_seen": seen, "changes": {}, "config_sha256": "0" * 64}
+    before = {"previous": fence - 1 or None, "previous_seen": found, "changes": {}, "config_sha256": "0" * 64}
     return Attempt(fence=fence, id=str(fence), started=at(hours), **of_machine, **before)
-
-
-def seen(state: str, images_seen: int, hours: float) -> LastStatus:
-    return LastStatus(state=state, images_seen=images_seen, updated=at(hours))
 
 
 def status(fence: int, updated: str, state: str = "stopped", seen: int = 4000, speed: float | None = 1.0) -> Status:
@@ -349,37 +330,26 @@ def status(fence: int, updated: str, state: str = "stopped", seen: int = 4000, s
 
 
 def test_attempts_last_until_their_last_status():
-    attempts = [
-        attempt(1, 0),
-        attempt(2, 5, seen=seen("running", 1000, 2)),
-        attempt(3, 9, seen=seen("stopped", 2000, 6)),
-        # One of which nobody says how the one before ended.
-        attempt(4, 12),
-    ]
-    found = spans_of(attempts, status(4, at(12.5)))
-    assert [(each.hours, each.state, each.images_seen) for each in found] == [
-        (2.0, "cut off", 1000),
-        (1.0, "stopped", 2000),
-        (0.0, "", None),
-        (0.5, "stopped", 4000),
-    ]
+    seen = (None, ("running", 1000, 2), ("stopped", 2000, 6))
+    # Of the last one nobody says how the one before ended.
+    attempts = [*(attempt(n, hours, seen=seen[n - 1]) for n, hours in ((1, 0), (2, 5), (3, 9))), attempt(4, 12)]
+    found = [(each.hours, each.state, each.images_seen) for each in spans_of(attempts, status(4, at(12.5)))]
+    assert found == [(2.0, "cut off", 1000), (1.0, "stopped", 2000), (0.0, "", None), (0.5, "stopped", 4000)]
 
 
 def test_hours_and_dollars_add_up():
-    attempts = [attempt(1, 0), attempt(2, 5, 4.0, seen("stopped", 1000, 2))]
-    found = spans_of(attempts, status(2, at(6)))
-    outlook = outlook_of(found, status(2, at(6)))
+    attempts = [attempt(1, 0), attempt(2, 5, 4.0, ("stopped", 1000, 2))]
+    found, last = spans_of(attempts, status(2, at(6))), status(2, at(6))
+    outlook = outlook_of(found, last)
     assert (outlook.hours_so_far, outlook.dollars_so_far) == (3.0, 2 * 2.0 + 1 * 4.0)
     assert (outlook.hours_left, outlook.dollars_left, outlook.ends) == (2.5, 10.0, None)
-    assert outlook.words == {
-        "cost so far": "about $8.00 (3.0 hours)",
-        "to the end": "2 h 30 min when it goes on, for about $10.00 more",
-    }
+    left = "2 h 30 min when it goes on, for about $10.00 more"
+    assert outlook.words == {"cost so far": "about $8.00 (3.0 hours)", "to the end": left}
     # On other machines.
-    assert outlook_of(found, status(2, at(6)), 1.0).dollars_left == 2.5
+    assert outlook_of(found, last, 1.0).dollars_left == 2.5
     # Of a part of the attempts nobody knows the price: a sum of the others would be too low.
     without = [attempt(1, 0, None), attempts[1]]
-    assert outlook_of(spans_of(without, status(2, at(6))), status(2, at(6))).dollars_so_far is None
+    assert outlook_of(spans_of(without, last), last).dollars_so_far is None
 
 
 def test_running_runs_state_their_end():

@@ -58,9 +58,8 @@ def draw(learned: Path) -> Draw:
         painter.load(plan.run, plan.checkpoints[0], "ema")
         if plan.worse:
             painter.load_worse(plan.worse)
-        return painter.sample_together(seeds, method.sampling_of(plan.config.sample), batch_size, "test").astype(
-            np.int16
-        )
+        sampling = method.sampling_of(plan.config.sample)
+        return painter.sample_together(seeds, sampling, batch_size, "test").astype(np.int16)
 
     return draw
 

@@ -43,7 +43,7 @@ def sampled(bucket: Path) -> Callable[..., dict[str, np.ndarray]]:
     def sampled(*words: object) -> dict[str, np.ndarray]:
         out = succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
         paths = [Path(line.split()[0]) for line in out.splitlines()]
-        return {path.name: np.asarray(Image.open(path), np.int16) for path in paths}
+        return {path.name: np.asarray(Image.open(path), np.int16) for path in paths if path.suffix == ".png"}
 
     return sampled
 
@@ -84,21 +84,19 @@ def test_guided_images_depend_on_seeds_alone(draw):
 
 
 def test_names_state_guidance_and_classes(sampled):
-    for name, words in {
-        "ddim-4-guidance-3": "--guidance 3",
-        "ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7": (
-            "--guidance 3 --guidance-interval 0.5,5 --guidance-rescale 0.7"
-        ),
-        "ddim-4-guidance-1.5-autoguidance-1": "--guidance 1.5 --autoguidance 1",
-        "ddpm-4-variance-learned_range": "--sampler ddpm --steps 4 --variance learned_range",
-        "ddim-4-classes-2_0": "--classes hills,0",
-    }.items():
+    limited = "ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7"
+    for name, words in (
+        ("ddim-4-guidance-3", "--guidance 3"),
+        (limited, "--guidance 3 --guidance-interval 0.5,5 --guidance-rescale 0.7"),
+        ("ddim-4-guidance-1.5-autoguidance-1", "--guidance 1.5 --autoguidance 1"),
+        ("ddpm-4-variance-learned_range", "--sampler ddpm --steps 4 --variance learned_range"),
+        ("ddim-4-classes-2_0", "--classes hills,0"),
+    ):
         assert list(sampled(*words.split(), "--seeds", "0-3")) == [f"epoch-0002-{name}-seeds-0-3.png"]
 
 
-def test_saved_images_have_the_chosen_classes(bucket, draw):
-    words = ("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
-    succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
+def test_saved_images_have_the_chosen_classes(bucket, sampled, draw):
+    sampled("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
     (folder,) = (bucket / "runs/all/samples").glob("epoch-0002-ddim-4-guidance-2-autoguidance-1-classes-4_0-0-18-*")
     shards = sorted(map(str, folder.glob("*.tar")))
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
@@ -108,28 +106,25 @@ def test_saved_images_have_the_chosen_classes(bucket, draw):
     assert verify_run(open_store(str(bucket)), "all").problems == []
 
 
+CLASSLESS = {"model__num_classes": "0", "ema__stds": "0.10"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("learnt", "weights", "name"),
-    [
-        ({}, "", ""),
-        ({}, "model", "-autoguidance_weights-model"),
-        ({"model__num_classes": "0", "ema__stds": "0.10"}, "ema-0.10", "-autoguidance_weights-ema-0.1"),
-    ],
-)
-def test_autoguidance_takes_another_runs_network(bucket, learnt, weights, name):
+@pytest.mark.parametrize(("learnt", "weights"), [({}, ""), ({}, "model"), (CLASSLESS, "ema-0.1")])
+def test_autoguidance_takes_another_runs_network(bucket, learnt, weights):
     """As EDM2's best results are: away from a smaller network that has learnt less, averaged otherwise or classless."""
     smaller = ("--dataset", "tiles", "--run", "small", "--bucket", bucket, "--epochs", 1)
     succeeded(ddpm_here("train", *smaller, *settings(model__channels="4", **learnt)))
     words = ("--precision", "fp32", "--steps", 50, "--guidance", 2, "--autoguidance", "small@1", "--count", 4)
-    words += ("--autoguidance-weights", weights) if weights else ()
+    # As a person may write it.
+    words += ("--autoguidance-weights", weights.replace("0.1", "0.10")) if weights else ()
+    name = f"-autoguidance_weights-{weights}" if weights else ""
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--save", "png"))
     (folder,) = (bucket / "runs/walk/samples").glob(f"*-guidance-2-autoguidance-1-autoguidance_run-small{name}-0-4-*")
     saved = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("piece-*/*.png"))])
     seeds = torch.arange(4)
     better = estimate_of(bucket, "walk", seeds)
-    of_worse = {"labels": None if learnt else seeds, "weights": weights.removesuffix("0") or "ema"}
-    worse = estimate_of(bucket, "small", **of_worse)
+    worse = estimate_of(bucket, "small", None if learnt else seeds, weights=weights or "ema")
     x = ddim_50(lambda *at: (worse(*at) + 2 * (better(*at) - worse(*at))).clamp(-1, 1), noise_of(seeds, (3, 16, 16))(0))
     expected = ((x.permute(0, 2, 3, 1) + 1) * 127.5).clip(0, 255).numpy()
     assert np.abs(saved - expected).max() < 0.51
@@ -138,8 +133,7 @@ def test_autoguidance_takes_another_runs_network(bucket, learnt, weights, name):
 
 @pytest.mark.slow
 def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
-    given, how = images_of(bucket, 3, 17), ("--resamplings", 2, "--steps", 12)
-    inpaint = ("--mode", "inpaint", *how)
+    given, inpaint = images_of(bucket, 3, 17), ("--mode", "inpaint", "--resamplings", 2, "--steps", 12)
     ((name, picture),) = sampled(*inpaint, "--image", "3,17", "--seeds", "0-5").items()
     # Each has its own class.
     assert name == "epoch-0002-ddim-12-classes-0_0-inpaint-image-3_17-mask-half-resamplings-2-seeds-0-5.png"
@@ -167,10 +161,8 @@ def test_inpainting_keeps_the_known_part(bucket, sampled, tmp_path):
     assert np.abs(tiles_of(of_files, 5)[2:] - tiles[0, 2:]).max() <= 1
 
     # Saved in pieces, image by image the same; of another image in a folder of its own.
-    save = ("--save", "png", "--count", 18)
     for slice_ in ("0/2", "1/2"):
-        sampled_words = ("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *inpaint, *save)
-        succeeded(ddpm_here(*sampled_words, "--image", "3,17", "--slice", slice_))
+        sampled(*inpaint, "--save", "png", "--count", 18, "--image", "3,17", "--slice", slice_)
     (folder,) = (bucket / "runs/all/samples").glob("*-0-18-*")
     saved = [np.asarray(Image.open(path), np.int16) for path in sorted(folder.glob("piece-*/*.png"))]
     assert len(saved) == 18
@@ -186,11 +178,9 @@ def test_each_step_of_edits_shows(bucket, monkeypatch):
         (22, ("--mode", "inpaint", "--image", 0, "--resamplings", 2, "--steps", 12)),
         (6, ("--mode", "img2img", "--image", 0, "--strength", 0.3, "--steps", 20)),
     ):
-        words = ("sample", "--run", "all", "--bucket", bucket, "--seeds", "0-2", "--batch-size", 2, *words)
-        done = ddpm_here(*words)
-        succeeded(done)
+        done = ddpm_here("sample", "--run", "all", "--bucket", bucket, "--seeds", "0-2", "--batch-size", 2, *words)
         shown = [int(percent) for percent in re.findall(r"(?m)^epoch-\d+: (\d+) % · ", done.stderr)]
-        assert shown == [100 * step // (2 * steps) for step in range(1, 2 * steps + 1)], words
+        assert succeeded(done) and shown == [100 * step // (2 * steps) for step in range(1, 2 * steps + 1)], words
 
 
 def test_img2img_keeps_more_at_low_strength(bucket, sampled):

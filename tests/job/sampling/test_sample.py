@@ -225,62 +225,53 @@ def test_search_for_nearest_images_can_stop(bucket):
 KINDS = ["coast", "desert", "hills", "mountain", "skyline"]
 
 
+OF_COAST = {"seeds": "3-8", "classes": "hills,coast", "eta": 0.5}
+
+
 @pytest.mark.parametrize(
     ("words", "title", "above", "below"),
     [
         ({"seeds": "0-9"}, " · seeds 0-9", KINDS * 2, None),
         ({"seeds": "7,1,2"}, " · seeds 7, 1-2", None, ["hills", "desert", "hills"]),
-        ({"seeds": "3-8", "classes": "hills,coast", "eta": 0.5}, ", eta 0.5 · seeds 3-8", ["coast", "hills"] * 3, None),
+        (OF_COAST, ", eta 0.5 · seeds 3-8", ["coast", "hills"] * 3, None),
         ({"seeds": "0", "classes": "coast"}, " · seed 0 · class coast", None, None),
     ],
 )
 def test_a_grid_says_what_it_shows(sample, monkeypatch, words, title, above, below):
-    said = {}
-    drawn = figures.image_grid
+    said, drawn = {}, figures.image_grid
     monkeypatch.setattr(figures, "image_grid", lambda *grid, **more: said.update(more) or drawn(*grid, **more))
     sample(**words)
-    assert said["title"] == f"walk · epoch 3 · ddim, 4 steps{title}"
-    assert (said["column_labels"], said["labels"]) == (above, below)
-
-
-@pytest.fixture
-def train_on(bucket):
-    """Trains another epoch, which retires all but the newest checkpoint and that of the first epoch."""
-
-    def train_on(epochs: int = 4) -> list[int]:
-        words = ("train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
-        succeeded(ddpm_here(*words))
-        return [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/walk"))]
-
-    return train_on
+    found = (said["title"], said["column_labels"], said["labels"])
+    assert found == (f"walk · epoch 3 · ddim, 4 steps{title}", above, below)
 
 
 @pytest.mark.slow
-def test_retired_checkpoints_are_chosen_again(bucket, train_on, capsys, monkeypatch):
+def test_retired_checkpoints_are_chosen_again(bucket, capsys, monkeypatch):
+    """And those stay that a process reads: each epoch retires all but the newest checkpoint and that of the first."""
     monkeypatch.setenv("DDPM_LAUNCHED", "1")
+    run = open_store(str(bucket)).sub("runs/walk")
+
+    def train_on(epochs: int) -> list[int]:
+        words = ("train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
+        succeeded(ddpm_here(*words))
+        return [ref.images_seen for ref in list_checkpoints(run)]
+
     requests = ({"chosen": {"nearest": False}}, {"count": 3}, {"checkpoints": "3"})
     grid, images, gone = (plan_sampling(SampleRequest("walk", bucket=str(bucket), **options)) for options in requests)
     few = {"count": 12, "extractor": "mobilenet", "references": 24}
     scores = plan_evaluation(EvaluateRequest("walk", bucket=str(bucket), **few))
     assert grid.checkpoints == images.checkpoints == [CheckpointRef(1, 912)]
-    assert train_on() == [312, 1200]
-    for plan in (grid, images):
-        run_sampling(plan)
-        assert "epoch-0004-" in capsys.readouterr().out
-    run_evaluation(scores)
-    assert "walk, epoch-0004: 12 images" in capsys.readouterr().out
-    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 4\)"):
-        run_sampling(gone)
-    assert not list((bucket / "runs/walk").glob("reading/*"))
-
-
-@pytest.mark.slow
-def test_what_is_held_stays(bucket, train_on):
-    run = open_store(str(bucket)).sub("runs/walk")
-    refs = choose(run, "latest", 299, 24)
-    with reading_chosen(run, lambda: refs) as (kept, _):
+    with reading_chosen(run, lambda: choose(run, "latest", 299, 24)) as (kept, _):
         assert [*kept] == [CheckpointRef(1, 912)]
-        assert train_on() == [312, 912, 1200]
+        assert train_on(4) == [312, 912, 1200]
         told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
         assert "a process samples from" in refused(told, 76)
     assert train_on(5) == [312, 1512]
+    for plan in (grid, images):
+        run_sampling(plan)
+        assert "epoch-0005-" in capsys.readouterr().out
+    run_evaluation(scores)
+    assert "walk, epoch-0005: 12 images" in capsys.readouterr().out
+    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 5\)"):
+        run_sampling(gone)
+    assert not list((bucket / "runs/walk").glob("reading/*"))

@@ -102,9 +102,8 @@ def test_png_files_hold_each_seeds_image(bucket):
     assert re.search("/epoch-0003-ddim-4-weights-model-0-20-[0-9a-f]{8}$", images.folder.uri)
     folder, index = Path(images.folder.uri), images.index()
     paths = sorted(folder.glob("piece-*/*.png"))
-    assert [str(path.relative_to(folder)) for path in paths] == [
-        f"piece-{seed // 16:05d}/{seed:09d}.png" for seed in range(20)
-    ]
+    names = [f"piece-{seed // 16:05d}/{seed:09d}.png" for seed in range(20)]
+    assert [str(path.relative_to(folder)) for path in paths] == names
     assert len({path.read_bytes() for path in paths}) == 20
     for entry in index.pieces:
         sums = subprocess.run(["sh", "-c", "sha256sum *.png"], cwd=folder / entry.name, capture_output=True, check=True)

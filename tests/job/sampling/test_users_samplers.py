@@ -19,6 +19,7 @@ from tests.job.launching import eventually
 
 WALK = ("sample", "--run", "walk", "--seeds", "0-1", "--no-nearest", "--steps", 3)
 HEAD = "def f(denoise, x, points, noise_at):\n"
+MUST = "it must return finite numbers [1, 3, 16, 16], as x, and returned "
 RING = "    a, b = OSError(), KeyError()\n    b.__context__ = a\n    a.__context__ = b\n    raise a\n"
 # Its text, the line that is named, if one is, and the fault.
 FAULTS = {
@@ -34,11 +35,7 @@ FAULTS = {
     "takes_two": ("\ndef f(denoise, x):\n    return x\n", 2, "takes 2 positional arguments but 4 were given"),
     "takes_five": ("def f(denoise, x, points, noise_at, more): ...\n", 1, "missing 1 required positional argument:"),
     "is_complex": (f"{HEAD}    return denoise(x, points[0]).to(dtype=__import__('torch').complex64)\n", 1, "complex64"),
-    "is_none": (
-        f"\n\n{HEAD}    pass\n",
-        3,
-        "it must return finite numbers [1, 3, 16, 16], as x, and returned NoneType",
-    ),
+    "is_none": (f"\n\n{HEAD}    pass\n", 3, f"{MUST}NoneType"),
     "is_smaller": (f"{HEAD}    return x[..., ::2, ::2]\n", 1, "as x, and returned [1, 3, 8, 8]"),
     "is_a_number": ("f = 3\n", None, "'int' object is not callable"),
     "lacks_it": ("number = 3\n", None, "no attribute 'f'"),

@@ -21,6 +21,7 @@ from job.exits import Exit, JobError
 from job.progress import printable
 from job.store import open_store
 from tests.fuzzing import examples, search
+from tests.job.data.formats.test_formats import lmdb_of, npy
 from tests.job.some_images import folder_of, png
 
 PNG = png(0, 8, 8)
@@ -73,9 +74,7 @@ def array(version: int, header: str, length: int | None, size: int) -> bytes:
 
 def plain(values: object, dtype: object = None) -> bytes:
     """An .npy as numpy writes it."""
-    file = io.BytesIO()
-    np.save(file, np.array(values, dtype), allow_pickle=True)
-    return file.getvalue()
+    return npy(np.array(values, dtype))
 
 
 def npz(arrays: dict[str, bytes], method: int) -> bytes:
@@ -178,11 +177,10 @@ def test_hostile_tfrecords(tmp_path: Path, count: int) -> None:
 @pytest.fixture(name="tree", scope="module")
 def tree_fixture(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """LMDB's tree of two levels."""
-    folder = tmp_path_factory.mktemp("tree")
-    with lmdb.open(str(folder)) as environment, environment.begin(write=True) as transaction:
-        for number in range(30):
-            transaction.put(b"%032d" % number, PNG + bytes(number * 100 % 4200))
-        assert transaction.stat()["depth"] == 2
+    files = [(b"%032d" % number, PNG + bytes(number * 100 % 4200)) for number in range(30)]
+    folder = lmdb_of(tmp_path_factory.mktemp("tree"), files)
+    with lmdb.open(str(folder), readonly=True) as environment:
+        assert environment.stat()["depth"] == 2
     return (folder / "data.mdb").read_bytes()
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,31 +17,16 @@ from pyarrow import parquet
 
 from job.data.source.formats import FORMATS
 from job.exits import JobError
-from tests.job.data.coloured import (
-    BAD,
-    COLOURS,
-    DOTS,
-    FOLDERS,
-    GREYS,
-    KINDS,
-    PLAIN,
-    REFUSED,
-    SPLITS,
-    Files,
-    images,
-    outcome,
-    pixels,
-    png,
-    shown_in,
-    stem,
-)
-from tests.job.data.formats.test_formats import written
+from tests.job.data import coloured
+from tests.job.data.coloured import BAD, DOTS, FOLDERS, KINDS, PLAIN, REFUSED, SPLITS, Files, images, outcome, png, stem
+from tests.job.data.formats.test_formats import lmdb_of, written
 from tests.job.packing import KEY, packed
 from tests.job.some_images import folder_of, idx, tar_of, zip_of
 from tests.job.some_tables import IMAGE
 
 TRUE = [kind for _, kind in PLAIN]
 NAMED = [KINDS[kind] for kind in TRUE]
+LSUN = [(stem(name).encode(), png(kind)) for name, kind in PLAIN]
 HALVES = [kind + 0.5 for kind in TRUE]
 
 
@@ -83,7 +67,7 @@ def table(at: Path, labels: Sequence[object], names: Sequence[str] = ()) -> Path
 
 
 def arrays(at: Path, labels: Sequence[object]) -> Path:
-    np.savez(at / "a.npz", images=np.stack([pixels(kind) for kind in TRUE]), labels=np.array(labels))
+    np.savez(at / "a.npz", images=np.stack([coloured.pixels(kind) for kind in TRUE]), labels=np.array(labels))
     return at / "a.npz"
 
 
@@ -101,7 +85,7 @@ def mnist(path: Path, zipped: bool = True, damaged: bool = False, count: int = 7
     """Its images are grey; a byte of the labels may be another one than its checksum says."""
     labels = bytearray(gzip.compress(idx(np.array(TRUE[:count])), 0))
     labels[-9] ^= damaged
-    grey = idx(np.stack([np.full((28, 28), GREYS[kind]) for kind in TRUE]))
+    grey = idx(np.stack([np.full((28, 28), coloured.GREYS[kind]) for kind in TRUE]))
     files = {"images-idx3": gzip.compress(grey), "labels-idx1": bytes(labels)}
     packing = (lambda content: content) if zipped else gzip.decompress
     end = "-ubyte.gz" if zipped else "-ubyte"
@@ -110,20 +94,13 @@ def mnist(path: Path, zipped: bool = True, damaged: bool = False, count: int = 7
 
 def cifar(at: Path) -> Path:
     """Classes in an order of their own, beside images of a test set."""
-    shown = [np.full((32, 32, 3), colour, np.uint8).transpose(2, 0, 1).tobytes() for colour in COLOURS]
+    shown = [np.full((32, 32, 3), colour, np.uint8).transpose(2, 0, 1).tobytes() for colour in coloured.COLOURS]
     record = [bytes([2 - kind]) + content for kind, content in enumerate(shown)]
     names = "\n".join([*KINDS[::-1], *(f"other{number}" for number in range(7))]).encode()
     content = b"".join(record[kind] for kind in TRUE)
     files = {"batches.meta.txt": names, "data_batch_1.bin": content, "test_batch.bin": record[0]}
     named = [(f"cifar-10-batches-bin/{name}", content) for name, content in files.items()]
     return tar_of(at / "cifar-10-binary.tar.gz", named)
-
-
-def lsun(path: Path) -> Path:
-    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
-        for name, kind in PLAIN:
-            transaction.put(stem(name).encode(), png(kind))
-    return path
 
 
 def beside(made: Path, files: Files) -> Path:
@@ -201,7 +178,7 @@ OF_FORMATS = {
         # Train alone, since a test set is there; the command says how many images that leaves out.
         ("CIFAR beside a tar", lambda at: beside(cifar(at), samples(label=KINDS.__getitem__)), 7),
     ],
-    "published:lsun_source": [("LSUN", lambda at: lsun(at / "cat_train_lmdb"), "no classes")],
+    "published:lsun_source": [("LSUN", lambda at: lmdb_of(at / "cat_train_lmdb", LSUN), "no classes")],
     "tfrecords:tfrecord_source": [
         ("TFRecord", records, 7),
         ("TFRecord, names", lambda at: records(at, b"cat\ndog\nowl\n"), 7),
@@ -273,5 +250,5 @@ def test_index_labels_each_sample_or_refuses(tmp_path, files, options, expected)
     row = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("sha256", "V16")])
     table = np.frombuffer((tmp_path / "b" / KEY / "shard-00000.offsets").read_bytes(), row)
     found = [tar.read_bytes()[offset : offset + size] for offset, size, _, _ in table.tolist()]
-    assert [int(index.classes[label]) for label in table["label"]] == list(map(shown_in, found))
+    assert [int(index.classes[label]) for label in table["label"]] == list(map(coloured.shown_in, found))
     assert len(found) == expected
