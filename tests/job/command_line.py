@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -152,6 +155,11 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+def ran(*words: object, **variables: str | None) -> str:
+    """What `ddpm_here` printed; it must have ended well."""
+    return succeeded(ddpm_here(*words, **variables))
+
+
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The one line in which a command said why it ended with `code`."""
     assert done.returncode == code, done.stdout + done.stderr
@@ -159,3 +167,11 @@ def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith(("ddpm", "Error: "))]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def refuses(rows: Iterable[tuple[Any, int, str]], *more: object, **variables: str | None) -> None:
+    """Checks rows of words, the exit code and what the line says: these parts in this order, with … between them."""
+    for words, code, parts in rows:
+        words = words.split() if isinstance(words, str) else words
+        line = refused(ddpm_here(*words, *more, **variables), code)
+        assert re.search(".*".join(map(re.escape, parts.split(" … "))), line), (words, line)
