@@ -26,7 +26,7 @@ from job.cli.app import app
 from job.exits import BadRequestError, Exit, MissingInputError
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, ran, refused, settings, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
@@ -44,7 +44,7 @@ def test_help_is_whole_and_light():
     names = commands(typer.main.get_command(app))
     assert len(names) > 30
     for name in names:
-        out = succeeded(ddpm_here(*name.split(), "--help", COLUMNS="80"))
+        out = ran(*name.split(), "--help", COLUMNS="80")
         assert out.startswith("Usage: "), name
         assert max(map(len, out.splitlines())) <= 80, name
         assert f" ddpm {name}".rstrip() in out.partition("Example")[2], name
@@ -94,10 +94,10 @@ def test_values_are_completed(bucket, words, offered):
 
 def test_datasets_are_listed_and_shown(bucket):
     place, licence = ("--bucket", bucket), "CC0 [/bold] [link=x]:smile:"
-    header, row = succeeded(ddpm_here("data", "list", *place)).splitlines()
+    header, row = ran("data", "list", *place).splitlines()
     assert header.split()[:4] == ["dataset", "size", "images", "classes"]
     assert row.split()[:4] == ["tiles", "16", "299", "5"]
-    out = succeeded(ddpm_here("data", "show", "tiles", *place))
+    out = ran("data", "show", "tiles", *place)
     counts = {name: int(count) for name, count in re.findall(r"^  (\w+) +(\d+) images$", out, re.MULTILINE)}
     assert sorted(counts) == ["coast", "desert", "hills", "mountain", "skyline"]
     assert sum(counts.values()) == 299
@@ -106,21 +106,21 @@ def test_datasets_are_listed_and_shown(bucket):
     assert min(sheet.size) > 300
     assert len(sheet.getcolors(1 << 24)) > 1000
     # Listings leave out foreign objects, and obey no markup.
-    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
+    ran("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place)
     folder_of(
         bucket, [(f"{name}.txt", b"mine") for name in ("runs/My_Notes/todo", "datasets/notes/todo", "runs/readme")]
     )
-    assert "My_Notes" not in succeeded(ddpm_here("runs", "list", *place))
-    out = succeeded(ddpm_here("data", "list", DDPM_BUCKET=str(bucket), COLUMNS="40"))
+    assert "My_Notes" not in ran("runs", "list", *place)
+    out = ran("data", "list", DDPM_BUCKET=str(bucket), COLUMNS="40")
     assert ["tiles", "16", "299"] in [line.split()[:3] for line in out.splitlines()]
-    assert licence in succeeded(ddpm_here("data", "list", *place, COLUMNS="200"))
+    assert licence in ran("data", "list", *place, COLUMNS="200")
 
 
 def test_a_finished_run_is_listed_and_shown(bucket):
     run, place = bucket / "runs/walk", ("--bucket", bucket)
     # To ask for fewer epochs than there are is no mistake.
     for epochs in (3, 1):
-        out = succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "walk", *place, "--epochs", epochs))
+        out = ran("train", "--dataset", "tiles", "--run", "walk", *place, "--epochs", epochs)
         assert out.splitlines() == [
             "Run 'walk' is finished already: 3 epochs, 912 images seen.",
             f"page        {run}/report.html",
@@ -132,14 +132,14 @@ def test_a_finished_run_is_listed_and_shown(bucket):
     config = yaml.safe_load((run / "config.yaml").read_bytes())
     assert (config["data"]["size"], config["data"]["channels"], config["model"]["num_classes"]) == (16, 3, 5)
 
-    _, row = succeeded(ddpm_here("runs", "list", *place)).splitlines()
+    _, row = ran("runs", "list", *place).splitlines()
     assert row.split()[:4] == ["walk", "finished", "3.0", "912/912"]
     loss, rate, left, as_of = row.replace(",", "").split()[4:]
     assert left == "-"
     assert 0 < float(loss) < 2
     assert float(rate) > 1
     assert abs(datetime.now(UTC) - datetime.fromisoformat(as_of)) < timedelta(hours=1)
-    out = succeeded(ddpm_here("runs", "show", "walk", *place))
+    out = ran("runs", "show", "walk", *place)
     lines = ("state       finished", "images seen 912 of 912", "newest      checkpoints/000001-000000000912,")
     assert all(line in out for line in (*lines, "checkpoints 2: epoch 1, epoch 3"))
     assert re.search(r"^attempt 1   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)
@@ -149,7 +149,7 @@ def test_a_finished_run_is_listed_and_shown(bucket):
 def test_figures_of_noise_follow_the_schedule(bucket, tmp_path):
     output, walk = tmp_path / "n.png", ("--run", "walk", "--bucket", bucket)
     words = ("figure", "noising", "--dataset", "tiles", "--timesteps", "0,999", "-o", output, "--bucket", bucket)
-    names = [Path(line).name for line in succeeded(ddpm_here(*words)).splitlines()]
+    names = [Path(line).name for line in ran(*words).splitlines()]
     assert names == ["n.png", "n-original.png", "n-noised.png"]
     original, noised = (np.asarray(Image.open(tmp_path / f"n-{part}.png"), float) for part in ("original", "noised"))
     assert original.shape == noised.shape
@@ -158,7 +158,7 @@ def test_figures_of_noise_follow_the_schedule(bucket, tmp_path):
     assert np.abs(original - noised)[:, :half].mean() < 8 < 40 < np.abs(original - noised)[:, half:].mean()
 
     # One image gets noisier by the schedule of a run, in tiles of 6 times 16 pixels, with captions under them.
-    assert succeeded(ddpm_here("figure", "noising", *walk, "--image", 3, "-o", output)) == f"{output}\n"
+    assert ran("figure", "noising", *walk, "--image", 3, "-o", output) == f"{output}\n"
     picture = np.asarray(Image.open(output).convert("RGB"), float)
     top = np.flatnonzero((picture[:, 4:100] < 255).any(axis=2).all(axis=1))[0]
     tiles = [picture[y : y + 96, 4 + 100 * x : 100 + 100 * x] for y in (top, top + 126) for x in range(6)]
@@ -172,7 +172,7 @@ def test_figures_of_noise_follow_the_schedule(bucket, tmp_path):
     plots = []
     for which in ("cosine --timesteps 50", "cosine", "edm", "flow", walk):
         words = ("--schedule", *which.split()) if isinstance(which, str) else which
-        assert succeeded(ddpm_here("figure", "schedule", *words, "-o", output)) == f"{output}\n"
+        assert ran("figure", "schedule", *words, "-o", output) == f"{output}\n"
         plots.append(np.asarray(Image.open(output)))
         assert plots[-1].shape[:2] == (480, 640)
     assert [np.array_equal(plots[-1][35:], plot[35:]) for plot in plots] == [True, False, False, False, True]
@@ -205,7 +205,7 @@ def test_a_tilde_is_the_home_folder(tmp_path):
     (tmp_path / "labels.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n3.jpg,b\n")
     (tmp_path / "mine.yaml").write_text("far: {backend: mars}")
     words = ("data", "pack", "~/photos", "mine", "--size", 8, "--labels", "~/labels.csv", "--bucket", "~/bucket")
-    out = succeeded(ddpm_here(*words, HOME=str(tmp_path)))
+    out = ran(*words, HOME=str(tmp_path))
     assert f"({tmp_path}/bucket/datasets/mine-8)" in out and "classes  a, b" in out
     for words in (("jobs", "list", "--on", "far", "--targets"), ("train", "--dataset", "mine", "--config")):
         assert "far" in refused(ddpm_here(*words, "~/mine.yaml", HOME=str(tmp_path)), Exit.BAD_CONFIG)
@@ -225,7 +225,7 @@ def pixels(pictures) -> np.ndarray:
 )
 def test_a_loaded_model_draws_what_the_command_does(bucket, words, options):
     about = ("--run", "walk", "--bucket", bucket, "--count", 6, "--save", "png", "--first-seed", 3)
-    succeeded(ddpm_here("sample", *about, *words.split()))
+    ran("sample", *about, *words.split())
     (folder,) = (bucket / "runs/walk/samples").glob("epoch-0003-*-3-6-*")
     theirs = pixels([Image.open(path) for path in sorted(folder.glob("piece-*/*.png"))])
     model = job.load(f"{bucket}/runs/walk", device="cpu")
@@ -248,18 +248,16 @@ def test_epochs_and_weights_are_chosen(bucket):
     ):
         with pytest.raises(error, match=said):
             job.load(f"{bucket}/{uri}", **which)
-    gif = Image.open(
-        succeeded(ddpm_here("sample", "--run", "walk", "--seeds", "3,5", "--gif", "--bucket", bucket)).split()[-1]
-    )
+    gif = Image.open(ran("sample", "--run", "walk", "--seeds", "3,5", "--gif", "--bucket", bucket).split()[-1])
     assert (gif.n_frames, gif.info["duration"]) == (5, 200)
 
 
 def test_an_export_is_the_same_model(bucket, tmp_path):
     augmented = ("--run", "augmented", "--epochs", 1, *settings(data__augment="0.1", sample__every_epochs="0"))
-    succeeded(ddpm_here("train", "--dataset", "tiles", *augmented, "--bucket", bucket))
+    ran("train", "--dataset", "tiles", *augmented, "--bucket", bucket)
     for run in ("augmented", "walk"):
         folder = tmp_path / run
-        succeeded(ddpm_here("export", "--run", run, "--bucket", bucket, "--to", folder))
+        ran("export", "--run", run, "--bucket", bucket, "--to", folder)
         there, here = science.load(folder, device="cpu"), job.load(f"{bucket}/runs/{run}", device="cpu")
         for options in ({}, {"classes": "hills"}):
             assert (pixels(there.sample(2, steps=2, **options)) == pixels(here.sample(2, steps=2, **options))).all()

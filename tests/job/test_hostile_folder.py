@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from job.exits import TABLE, Exit
 from job.progress import printable
 from tests.fuzzing import examples, forged, sealed, search
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, ran, refused
 from tests.job.report.hostile import FORGED, gif, png
 from tests.job.report.hostile import forged as forged_picture
 
@@ -95,8 +95,8 @@ HARM = st.lists(OF_OBJECTS | OF_PICTURES, min_size=1, max_size=2, unique_by=lamb
 def sampled(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a few images of its last checkpoint, and an average that was made for it."""
     folder = shutil.copytree(walked, tmp_path_factory.mktemp("sampled") / "bucket")
-    succeeded(ddpm_here("sample", "--run", "walk", "--count", 3, "--bucket", folder))
-    succeeded(ddpm_here("ema", "--run", "walk", "--std", 0.2, "--bucket", folder))
+    ran("sample", "--run", "walk", "--count", 3, "--bucket", folder)
+    ran("ema", "--run", "walk", "--std", 0.2, "--bucket", folder)
     (folder / "jobs/train-walk").mkdir(parents=True)
     job = {"state": "running", "exit_code": None, "updated": "2026-01-01T00:00:00Z", "message": "", "machine": 0}
     (folder / "jobs/train-walk/0-of-1.json").write_bytes(sealed({**job, "machines": 1, "sha256": ""}))
@@ -144,8 +144,8 @@ def forge(bucket: Path, key: str, changes: dict[str, Any], place: str = "runs/wa
 def shown(bucket: Path) -> list[str]:
     """The run in the list, and by itself; all else that shows it ends well, too."""
     for words in ("runs list --json", "report", "report walk"):
-        succeeded(ddpm_here(*words.split(), "--bucket", bucket))
-    return [succeeded(ddpm_here("runs", *words, "--bucket", bucket)) for words in (["list"], ["show", "walk"])]
+        ran(*words.split(), "--bucket", bucket)
+    return [ran("runs", *words, "--bucket", bucket) for words in (["list"], ["show", "walk"])]
 
 
 def test_escape_sequences_are_never_obeyed(bucket, tmp_path):
@@ -156,7 +156,7 @@ def test_escape_sequences_are_never_obeyed(bucket, tmp_path):
     (run / "checkpoints/000002-000000000999").mkdir()
     (run / "checkpoints/000002-000000000999/MANIFEST.json").write_text("garbage")
     commands = ("runs list", "runs show walk", "data list", f"data show tiles -o {tmp_path}/sheet.png")
-    told = [succeeded(ddpm_here(*words.split(), "--bucket", bucket)) for words in commands]
+    told = [ran(*words.split(), "--bucket", bucket) for words in commands]
     assert all("%1B]0;owned%07%1B[2J" in out and "\x1b" not in out for out in told)
     assert f"newest      checkpoints/{AT}, 912 images seen" in told[1]
     config = (run / "config.yaml").read_text().replace("preset:", '"\\e[2J": 1\npreset:')

@@ -20,7 +20,7 @@ from job.runs.records import existing_config
 from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm_here, ran, refused, settings
 from tests.job.exchange.test_encoding import make_autoencoder
 
 SOURCE = resources.files("job") / "datasets" / "landscape-sample.zip"
@@ -28,7 +28,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 def said(bucket: Path, *words: object) -> str:
-    return succeeded(ddpm_here(*words, "--bucket", bucket))
+    return ran(*words, "--bucket", bucket)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_diffusers_draws_the_shape(bucket, tmp_path):
     assert "A U-Net of 24×16 pixels" in (tmp_path / "out/README.md").read_text()
     # Back again, and what differs is refused.
     words = ("import", tmp_path / "out", "--bucket", tmp_path / "bucket", "--run")
-    succeeded(ddpm_here(*words, "back", "--size", "24x16"))
+    ran(*words, "back", "--size", "24x16")
     assert existing_config(open_store(str(tmp_path / "bucket")), "back").image_shape == (3, 16, 24)
     line = refused(ddpm_here(*words, "other", "--size", 16), 78)
     assert line == "ddpm: --size 16: the checkpoint states 24x16 pixels"

@@ -18,7 +18,7 @@ from ddpm.catalogue import EXTRACTORS
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.infra.recorded import CHECKOUT, copy_checkout, git
-from tests.job.command_line import ddpm, ddpm_here, settings, succeeded
+from tests.job.command_line import ddpm, ran, settings, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 SMALL = shlex.join(settings())
@@ -135,7 +135,7 @@ def test_names_with_spaces_pass_through(make, tmp_path):
     source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     bucket = tmp_path / "my bucket"
     words = [f"BUCKET={bucket}", "DATASET=my_photos", f"SOURCE={source}"]
-    succeeded(ddpm_here("data", "pack", source, "my_photos", "--size", 8, "--bucket", bucket))
+    ran("data", "pack", source, "my_photos", "--size", 8, "--bucket", bucket)
     assert "12 colour, 16×16 pixels" in succeeded(make("pack", *words, "SIZE=16"))
     assert "sizes 8, 16: choose one" in make("train", *words, "EPOCHS=1", f"ARGS={SMALL}").stderr
     out = succeeded(make("train", *words, "SIZE=16", "EPOCHS=1", f"ARGS={SMALL} --set train.batch_size=12"))

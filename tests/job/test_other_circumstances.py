@@ -19,7 +19,7 @@ from job.processes import compute
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import last_attempt, read_status
 from job.store import open_store
-from tests.job.command_line import about, ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import about, ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.packing import FILES
 from tests.job.some_images import zip_of
 
@@ -116,11 +116,11 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     """There is space for the first checkpoint and none for the second: the next attempt goes on from the first."""
     bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
     source = zip_of(tmp_path / "images.zip", FILES[:12])
-    succeeded(ddpm_here("data", "pack", source, "few", "--size", 16, "--bucket", bucket))
+    ran("data", "pack", source, "few", "--size", 16, "--bucket", bucket)
     smallest = {"model__channels": "4", "model__channel_mults": "1", "model__attention_sizes": "[]"}
     sets = settings(**smallest, train__batch_size="12", checkpoint__every_epochs="1")
     words = ("train", "--dataset", "few", "--bucket", bucket, *sets, "--epochs")
-    succeeded(ddpm_here(*words, 1, **cache))
+    ran(*words, 1, **cache)
     filling = filled(small_disk)
     done = ddpm_here(*words, 2, **cache)
     assert done.returncode == Exit.DISK_FULL
@@ -133,5 +133,5 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     status = read_status(run)
     assert status is None or status.state == "failed"
     filling.unlink()
-    out = succeeded(ddpm_here(*words, 2, **cache))
+    out = ran(*words, 2, **cache)
     assert "Run 'few' is finished: 2 epochs, 24 images seen." in out

@@ -19,7 +19,7 @@ from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BadRequestError, BucketAwayError, LostRunError, StoppedError
 from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
-from tests.job.command_line import DDPM, ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 
@@ -159,7 +159,7 @@ def test_memory_that_runs_out_on_the_machine(tmp_path):
     variables = {"PYTHONPATH": hooked(tmp_path / "hooks", job__training__session=LITTLE_MEMORY)}
     variables["DDPM_CACHE"] = str(tmp_path / "cache")
     place = ("--bucket", tmp_path / "bucket")
-    succeeded(ddpm_here("data", "ensure", "landscape-sample", *place))
+    ran("data", "ensure", "landscape-sample", *place)
     sets = settings(model__channels="32", train__batch_size="299", checkpoint__every_minutes="60")
     words = ("train", "--dataset", "landscape-sample", "--epochs", 1, *place, *sets)
     said = refused(ddpm(*words, **variables), 1)
@@ -268,7 +268,7 @@ def test_starts_are_kept(bucket, monkeypatch, is_group, count):
 def test_commands_say_how_they_ended(tmp_path):
     bucket, none = str(tmp_path / "bucket"), str(tmp_path / "no")
     pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", "--bucket", bucket)
-    succeeded(ddpm_here(*pack, **{JOB: "packed"}))
+    ran(*pack, **{JOB: "packed"})
     finished = read_outcome("packed", bucket)
     assert (finished.state, finished.exit_code) == ("finished", 0)
     for name, code, words in (

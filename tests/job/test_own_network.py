@@ -17,7 +17,7 @@ from ddpm.networks.adapter import GIVEN
 from ddpm.objective import Condition
 from job import own_code
 from job.exits import Exit
-from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm, ddpm_here, ran, refused, settings, succeeded
 
 CHECKOUT = Path(__file__).parents[2]
 NET = """
@@ -71,27 +71,27 @@ def class_in(file):
 def test_its_way_from_training_to_an_export(bucket, file, monkeypatch):
     words, named = ("--dataset", "tiles", "--run", "own", "--bucket", bucket), ("--network", "mynet.py:Net")
     width = ("--set", "network.width=12")
-    succeeded(ddpm_here("train", *words, *named, *width, "--epochs", 1, *small(checkpoint__every_epochs=1)))
+    ran("train", *words, *named, *width, "--epochs", 1, *small(checkpoint__every_epochs=1))
     run = bucket / "runs/own"
     assert (run / "network.py").read_bytes() == file.read_bytes()
     # Later commands name the file again, and keep the settings.
     own_code._here.clear()
     line = refused(ddpm_here("train", *words, "--epochs", 2), Exit.BAD_REQUEST)
     assert "no code from a bucket is executed: add --network mynet.py:Net" in line
-    succeeded(ddpm_here("train", *words, *named, "--epochs", 2))
+    ran("train", *words, *named, "--epochs", 2)
     assert "network.width: the run has 12, asked for 8" in refused(
         ddpm_here("train", *words, *named, "--epochs", 2, "--set", "network.width=8"), Exit.BAD_CONFIG
     )
-    succeeded(ddpm_here("sample", "--run", "own", "--bucket", bucket, *named, "--seeds", "0-3"))
-    succeeded(ddpm_here("replay", "own", "--image", 600, "--verify", "--bucket", bucket, *named))
-    succeeded(ddpm_here("train", *words[:3], "child", *words[4:], *named, "--from", "own", "--epochs", 1, *small()))
+    ran("sample", "--run", "own", "--bucket", bucket, *named, "--seeds", "0-3")
+    ran("replay", "own", "--image", 600, "--verify", "--bucket", bucket, *named)
+    ran("train", *words[:3], "child", *words[4:], *named, "--from", "own", "--epochs", 1, *small())
     assert (bucket / "runs/child/network.py").exists()
     page = (run / "report.html").read_text()
     assert ": Net of " in page and "network.width" in page
-    assert "all as they were written" in succeeded(ddpm_here("runs", "verify", "own", "--bucket", bucket))
+    assert "all as they were written" in ran("runs", "verify", "own", "--bucket", bucket)
     own_code._here.clear()
     (ours,) = job.load(str(run), network="mynet.py:Net").sample(1, seed=3, steps=4)
-    exported = succeeded(ddpm_here("export", "--run", "own", "--bucket", bucket, "--to", file.parent / "out"))
+    exported = ran("export", "--run", "own", "--bucket", bucket, "--to", file.parent / "out")
     model = method.load(exported.partition("  ")[0], network=class_in(file))
     (theirs,) = model.sample(1, seed=3, steps=4)
     assert np.array_equal(ours, theirs)
@@ -152,7 +152,7 @@ def test_networks_of_the_page_train(bucket, file, number):
     file.write_text(text)
     name = re.search(r"class (\w+)", text)[1]
     words = ("--dataset", "tiles", "--run", "own", "--bucket", bucket, "--network", f"mynet.py:{name}", "--epochs", 1)
-    succeeded(ddpm_here("train", *words, *small(checkpoint__every_epochs=1)))
+    ran("train", *words, *small(checkpoint__every_epochs=1))
     assert len(job.load(f"{bucket}/runs/own", network=f"mynet.py:{name}").sample(2, steps=2)) == 2
 
 
@@ -160,14 +160,14 @@ def test_a_job_executes_the_file_that_its_words_name(bucket, file):
     words = ("train", "--dataset", "tiles", "--run", "own", "--bucket", bucket, "--epochs", 1, *small())
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     submitted = ("submit", *words, "--network", "mynet.py:Net")
-    assert f"mynet.py:Net@{sha256}" in succeeded(ddpm_here(*submitted, "--dry-run"))
+    assert f"mynet.py:Net@{sha256}" in ran(*submitted, "--dry-run")
     assert not (bucket / "networks").exists()
     succeeded(ddpm(*submitted))
     assert (bucket / f"networks/{sha256}.py").read_bytes() == file.read_bytes()
     # The job takes the file that was submitted, not what lies there now.
     file.write_text("raise SystemExit")
     again = ("train", *words[1 : -len(small())], "--network", f"mynet.py:Net@{sha256}")
-    assert "is finished already" in succeeded(ddpm_here(*again))
+    assert "is finished already" in ran(*again)
     own_code._here.clear()
     (bucket / f"networks/{sha256}.py").write_text("raise SystemExit")
     assert "has another hash than its name: delete it, and submit the job again" in refused(

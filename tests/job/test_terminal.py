@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from job.cli.app import app
 from job.config import NETWORKS, all_settings, draft, known_keys, parse_sets
 from job.exits import Exit
-from tests.job.command_line import ddpm, ddpm_here, on_screen, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, on_screen, ran, refused
 
 COLUMNS = 120
 HEAD = """
@@ -245,7 +245,7 @@ def test_keys_are_whole_however_narrow_the_terminal_is():
     line = refused(ddpm_here("config", "--list", "trian"), Exit.BAD_REQUEST)
     assert "no key begins with 'trian'; did you mean 'train'? (preset, imported, data, model, " in line
     # A pager gets one line for each key, as long as its text.
-    header, *lines = succeeded(ddpm_here("config", "--list")).splitlines()
+    header, *lines = ran("config", "--list").splitlines()
     assert header.split() == ["key", "default", "meaning"]
     assert [line.split()[0] for line in lines] == known_keys()
     assert all(line == line.rstrip() for line in (header, *lines))
@@ -275,7 +275,7 @@ def test_values_have_an_origin(tmp_path):
     sets, unset = parse_sets(["train.batch_size=64", "train.seed=7"]), {"preset": "celeba", "data.order": "feistel-1"}
     assert {key: values["value"] for key, values in told.items()} | unset == draft("celeba", sets).flat()
     # What it prints is what one types.
-    lines = [line.split() for line in succeeded(ddpm_here(*words)).splitlines()]
+    lines = [line.split() for line in ran(*words).splitlines()]
     (mults,) = (words[1] for words in lines if words[0] == "model.channel_mults")
     assert parse_sets([f"model.channel_mults={mults}"])["model.channel_mults"] == "1,2,2,2,4"
     assert "there is no preset 'celebs'" in refused(ddpm_here("config", "--preset", "celebs"), Exit.BAD_REQUEST)

@@ -18,7 +18,7 @@ from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metric_rows import read_rows
 from job.store import open_store
 from job.training.tracking import Tracking, check_tracker
-from tests.job.command_line import ddpm, ddpm_here, settings, succeeded
+from tests.job.command_line import ddpm, ddpm_here, ran, settings, succeeded
 
 Losses = list[tuple[int, float]]
 
@@ -59,7 +59,7 @@ def events_of(folder: Path) -> dict[str, list]:
 
 @pytest.mark.slow
 def test_tensorboard_has_grids_and_hyper_parameters(bucket):
-    succeeded(ddpm_here(*words_of(bucket, 2, "--set", "sample.every_epochs=1")))
+    ran(*words_of(bucket, 2, "--set", "sample.every_epochs=1"))
     run = bucket / "runs/told"
     events, grids = events_of(run / "tensorboard"), events_of(run / "tensorboard/samples")["samples"]
     assert [step for step, _ in events["loss"]] == [step for step, _ in losses_of(bucket)]
@@ -69,7 +69,7 @@ def test_tensorboard_has_grids_and_hyper_parameters(bucket):
     files = BytesIO(grids[-1][1].image.encoded_image_string), run / "samples/epoch-0002-ddim-4.png"
     shown, drawn = (np.asarray(Image.open(file).convert("RGB")) for file in files)
     assert np.array_equal(shown, drawn)
-    assert "all as they were written" in succeeded(ddpm_here("runs", "verify", "told", "--bucket", bucket))
+    assert "all as they were written" in ran("runs", "verify", "told", "--bucket", bucket)
 
 
 def told_wandb(folder: Path) -> tuple[int, Losses]:
