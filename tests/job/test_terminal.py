@@ -14,9 +14,7 @@ import termios
 from contextlib import suppress
 
 import pytest
-from typer.testing import CliRunner
 
-from job.cli.app import app
 from job.config import NETWORKS, all_settings, draft, known_keys, parse_sets
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, on_screen, ran, refused
@@ -190,35 +188,6 @@ def test_quiet_and_verbose(bucket):
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert "going on without the dataset" in usual.stderr
     assert quiet.stdout == usual.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        ("runs show ", "walk"),
-        ("sample --run w", "walk"),
-        ("report ", "walk"),
-        ("train --dataset t", "tiles"),
-        ("data show ", "tiles"),
-        ("train --preset landscape-", "landscape-sample"),
-        ("config --set train.batch", "train.batch_size="),
-        ("doctor --on loc", "local"),
-        ("jobs status train-", "train-walk"),
-        ("sample --run walk --sampler dpmpp_3", "dpmpp_3m"),
-        ("evaluate --run walk --grid kar", "karras"),
-        ("evaluate --run walk --extractor mob", "mobilenet"),
-    ],
-)
-def test_a_shell_offers_names(bucket, tmp_path, words, offered):
-    """What bash gets when somebody presses the tabulator after these words."""
-    (bucket / "jobs/train-walk").mkdir(parents=True)
-    (bucket / "jobs/train-walk/0-of-1.json").write_text("{}")
-    about = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": f"ddpm {words}", "COMP_CWORD": str(words.count(" ") + 1)}
-    done = CliRunner().invoke(app, prog_name="ddpm", env={**about, "DDPM_BUCKET": str(bucket)})
-    assert offered in done.stdout.splitlines(), done.stderr
-    if words == "runs show ":
-        done = CliRunner().invoke(app, prog_name="ddpm", env={**about, "DDPM_BUCKET": str(tmp_path / "no")})
-        assert done.output.strip() == ""
 
 
 def test_every_key_has_its_values():
