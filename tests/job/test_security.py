@@ -31,7 +31,7 @@ from job.runs.records import Attempt
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.data.file_server import server_fixture  # noqa: F401
-from tests.job.some_images import encoded, folder_of, picture, png, zip_of
+from tests.job.some_images import encoded, files_in, folder_of, picture, png, zip_of
 from tests.servers import SECRET
 
 CHECKOUT = Path(__file__).parents[2]
@@ -263,9 +263,8 @@ def told(text: str | bytes) -> list[str]:
 
 def tell_no_secret(*folders: Path) -> None:
     """Reads all files below the folders, of which each must have some."""
-    for folder in folders:
-        held = [path for path in folder.rglob("*") if path.is_file()]
-        assert held and [(path, secret) for path in held for secret in told(path.read_bytes())] == []
+    for held in map(files_in, folders):
+        assert held and [(name, secret) for name, data in held.items() for secret in told(data)] == []
 
 
 @pytest.mark.slow
@@ -316,10 +315,9 @@ def test_refusals_repeat_no_credentials(secrets, tmp_path, monkeypatch):
             with pytest.raises(BadRequestError) as error:
                 job.load(f"{place}{secret}")
             assert told(str(error.value)) == []
-    rows = [(("data", "list", "--bucket", "gs://any"), Exit.NO_PERMISSION)]
-    for words, code in rows + [(words, Exit.BAD_REQUEST) for words in refusals]:
+    for words in (("data", "list", "--bucket", "gs://any"), *refusals):
         done = ddpm_here(*words)
-        refused(done, code)
+        refused(done, Exit.BAD_REQUEST if words in refusals else Exit.NO_PERMISSION)
         assert told(done.stdout + done.stderr) == []
     assert not (tmp_path / "bucket").exists()
 
