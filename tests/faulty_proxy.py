@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from http.client import HTTPConnection, HTTPException
-from typing import BinaryIO
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -60,18 +62,6 @@ class Request:
         return f"{self.method} {self.target}\n{self.body[:500].decode('latin-1')}"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer, whole."""
-
-    status: int
-    reason: str
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-    length: str
-    """What an answer to HEAD says of a body that does not come."""
-
-
 class FaultyProxy(AbstractContextManager["FaultyProxy"]):
     """A proxy on a port of its own, `url`, before the server at `target`.
 
@@ -79,7 +69,6 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         rate: which part of the requests meets a fault; all kinds are dealt out before one comes again.
         requests: the requests that arrived so far, by method.
         injected: the faults so far.
-        connections: the connections so far.
         instead: answers a request in the server's stead, if it returns bytes.
         passed: changes a request on its way to the server.
         received: changes the body of an answer on its way to the client.
@@ -89,7 +78,6 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         self.rate = 0.0
         self.requests: Counter[str] = Counter()
         self.injected: Counter[Fault] = Counter()
-        self.connections = 0
         self.instead: Callable[[Request], bytes | None] = lambda request: None
         self.passed: Callable[[Request], Request] = lambda request: request
         self.received: Callable[[bytes], bytes] = bytes
@@ -97,10 +85,11 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         self._orders: list[tuple[re.Pattern[str], Fault]] = []
         self._lock = threading.Lock()
         self._target = urlsplit(target).netloc
-        self._open: set[socket.socket] = set()
-        self._hanging = False
-        self._listener: socket.socket | None = None
-        self._listen(0)
+        self._server: ThreadingHTTPServer | None = None
+        self._clients: list[socket.socket] = []
+        self._port, self._hanging = 0, False
+        self.come_back()
+        self.url = f"http://127.0.0.1:{self._port}"
 
     def __exit__(self, *_: object) -> None:
         self.refuse()
@@ -117,14 +106,14 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
 
     def refuse(self) -> None:
         """The bucket goes away: nobody listens, and what is under way breaks off."""
-        with self._lock:
-            listener, self._listener = self._listener, None
-            connections, self._open = self._open, set()
-        for end in [*connections, *([listener] if listener else [])]:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+        clients, self._clients = self._clients, []
+        for client in clients:
             with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        if listener is not None:
-            listener.close()
+                client.shutdown(socket.SHUT_RDWR)
 
     def hang(self) -> None:
         """The bucket goes away: connections are taken, and nothing is answered on them any more."""
@@ -135,8 +124,10 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         if self._hanging:
             self._hanging = False
             self.refuse()
-        if self._listener is None:
-            self._listen(self._port)
+        if self._server is None:
+            self._server = _Server(("127.0.0.1", self._port), partial(_Handler, self))
+            self._port = self._server.server_port
+            threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -147,33 +138,7 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         finally:
             self.come_back()
 
-    def _listen(self, port: int) -> None:
-        listener = socket.create_server(("127.0.0.1", port), backlog=200)
-        self._port = int(listener.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                with self._lock:
-                    if self._listener is not listener:
-                        client.close()
-                        return
-                    self._open.add(client)
-                    self.connections += 1
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, suppress(OSError, HTTPException), client.makefile("rb") as file:
-            while (request := _read_request(client, file)) is not None and self._pass(client, request):
-                pass
-        with self._lock:
-            self._open.discard(client)
-
-    def _pass(self, client: socket.socket, request: Request) -> bool:
+    def pass_on(self, client: socket.socket, request: Request) -> bool:
         """Answers one request; whether the connection lives on."""
         fault = self._fault_for(request)
         if fault is Fault.SILENCE or self._hanging:
@@ -186,23 +151,28 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
         if (said := self.instead(request)) is not None:
             client.sendall(said)
             return False
-        answer = self._ask(self.passed(request))
-        answer = replace(answer, body=self.received(answer.body))
-        whole, half = len(answer.body), len(answer.body) // 2
+        request = self.passed(request)
+        with closing(HTTPConnection(self._target)) as server:
+            headers = {name: value for name, value in request.headers if name.lower() not in _HOP_BY_HOP}
+            server.request(request.method, request.target, request.body, headers)
+            answer = server.getresponse()
+            body = self.received(answer.read())
+        whole, half = len(body), len(body) // 2
         if self._hanging:
             return _keep_silent(client)
         if fault is None:
-            length = answer.length if request.method == "HEAD" else whole
-            client.sendall(_head(answer, f"Content-Length: {length}") + answer.body)
+            # What an answer to HEAD says of a body that does not come.
+            length = answer.getheader("Content-Length", "0") if request.method == "HEAD" else whole
+            client.sendall(_head(answer, f"Content-Length: {length}") + body)
             return True
         if fault is Fault.LOST_ANSWER or answer.status in _BODILESS:
             return _reset(client)
         if fault is Fault.SHORT_CHUNKS:
-            part = answer.body[: half + 1]
+            part = body[: half + 1]
             client.sendall(_head(answer, "Transfer-Encoding: chunked"))
             client.sendall(b"%x\r\n%b\r\n" % (len(part), part) if part else b"")
             return False
-        client.sendall(_head(answer, f"Content-Length: {whole + 1}") + answer.body[:half])
+        client.sendall(_head(answer, f"Content-Length: {whole + 1}") + body[:half])
         return _keep_silent(client) if fault is Fault.SILENCE_MIDWAY else False
 
     def _fault_for(self, request: Request) -> Fault | None:
@@ -222,17 +192,36 @@ class FaultyProxy(AbstractContextManager["FaultyProxy"]):
                 self.injected[fault] += 1
             return fault
 
-    def _ask(self, request: Request) -> Answer:
-        with closing(HTTPConnection(self._target)) as server:
-            server.putrequest(request.method, request.target, skip_host=True, skip_accept_encoding=True)
-            for name, value in request.headers:
-                if name.lower() not in _HOP_BY_HOP:
-                    server.putheader(name, value)
-            server.putheader("Content-Length", str(len(request.body)))
-            server.endheaders(request.body)
-            response = server.getresponse()
-            length, body, headers = response.getheader("Content-Length"), response.read(), response.getheaders()
-        return Answer(response.status, response.reason, tuple(headers), body, length or "0")
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size, block_on_close = 200, False
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        client, address = super().get_request()
+        self.RequestHandlerClass.args[0]._clients.append(client)
+        return client, address
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, proxy: FaultyProxy, *about: Any) -> None:
+        self.proxy = proxy
+        super().__init__(*about)
+
+    def handle(self) -> None:
+        with suppress(OSError, HTTPException):
+            super().handle()
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline, self.close_connection = self.rfile.readline(), True
+        if self.raw_requestline and self.parse_request():
+            # No client sends chunks.
+            assert "Transfer-Encoding" not in self.headers, self.headers
+            size_bytes = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(size_bytes)
+            request = Request(self.command, self.path, tuple(self.headers.items()), body)
+            self.close_connection = len(body) < size_bytes or not self.proxy.pass_on(self.connection, request)
 
 
 def _keep_silent(client: socket.socket) -> bool:
@@ -253,28 +242,9 @@ def _refusal(request: Request, fault: Fault) -> bytes:
     return f"HTTP/1.1 {fault} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _read_request(client: socket.socket, file: BinaryIO) -> Request | None:
-    line = file.readline()
-    if not line.strip():
-        return None
-    method, target, _ = line.decode("latin-1").split(" ", 2)
-    headers: list[tuple[str, str]] = []
-    while (line := file.readline()).strip():
-        name, _, value = line.decode("latin-1").partition(":")
-        headers.append((name, value.strip()))
-    named = {name.lower(): value for name, value in headers}
-    if named.get("expect", "").lower() == "100-continue":
-        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    # No client sends chunks.
-    assert "transfer-encoding" not in named, named
-    size_bytes = int(named.get("content-length", 0))
-    body = file.read(size_bytes)
-    return Request(method, target, tuple(headers), body) if len(body) == size_bytes else None
-
-
-def _head(answer: Answer, framing: str) -> bytes:
+def _head(answer: HTTPResponse, framing: str) -> bytes:
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
-    lines += [f"{name}: {value}" for name, value in answer.headers if name.lower() not in _HOP_BY_HOP]
+    lines += [f"{name}: {value}" for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP]
     return "\r\n".join([*lines, framing, "", ""]).encode("latin-1")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -154,6 +156,11 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+def ran(*words: object, **variables: str | None) -> str:
+    """What `ddpm_here` printed; it must have ended well."""
+    return succeeded(ddpm_here(*words, **variables))
+
+
 def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The one line in which a command said why it ended with `code`."""
     assert done.returncode == code, done.stdout + done.stderr
@@ -163,9 +170,19 @@ def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
     return lines[0]
 
 
-def raised(error: type[JobError], words: str, call: Callable[..., object], *args: object, **options: object) -> str:
-    """The line with which a call raises this error."""
-    with pytest.raises(error, match=words) as caught:
+def raised(
+    kind: int | type[JobError], words: str, call: Callable[..., object], *args: object, **options: object
+) -> str:
+    """The line with which a call raises an error of this kind, or with this exit code."""
+    with pytest.raises(JobError if isinstance(kind, int) else kind, match=words) as caught:
         pytest.fail(f"no error, but {call(*args, **options)}")
-    assert type(caught.value) is error
+    assert kind in (caught.value.exit_code, type(caught.value)), caught.value
     return str(caught.value)
+
+
+def refuses(rows: Iterable[tuple[Any, int, str]], *more: object, **variables: str | None) -> None:
+    """Checks rows of words, the exit code and what the line says: these parts in this order, with … between them."""
+    for words, code, parts in rows:
+        words = words.split() if isinstance(words, str) else words
+        line = refused(ddpm_here(*words, *more, **variables), code)
+        assert re.search(".*".join(map(re.escape, parts.split(" … "))), line), (words, line)

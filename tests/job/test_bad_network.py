@@ -30,7 +30,7 @@ from job.store import ConflictError, ObjectExistsError, Retry, open_store, retry
 from job.training import session
 from job.training.session import TrainingSession, run_training
 from tests.faulty_proxy import Fault
-from tests.job.command_line import NETWORK, ddpm_here, refused, settings, started, succeeded
+from tests.job.command_line import NETWORK, ddpm_here, ran, refused, settings, started, succeeded
 from tests.job.launching import StopWhen, children, eventually
 from tests.job.packing import FILES
 from tests.job.some_images import zip_of
@@ -112,11 +112,11 @@ def test_failing_requests_change_no_result(undisturbed, proxy, remote_bucket, mo
     proxy.rate = 0.1
     packed, run = pack_few(remote_bucket)
     assert packed == dataset_id
-    assert "every shard" in succeeded(ddpm_here("data", "verify", "few", "--bucket", remote_bucket))
+    assert "every shard" in ran("data", "verify", "few", "--bucket", remote_bucket)
     train(remote_bucket, EPOCHS // 2)
     train(remote_bucket, EPOCHS)
     words = ("--run", "walk", "--bucket", remote_bucket, "--checkpoints", "2,4", "--seeds", "0-3", "--no-nearest")
-    pictures = succeeded(ddpm_here("sample", *words)).splitlines()
+    pictures = ran("sample", *words).splitlines()
     proxy.rate = 0.0
     assert learnt(run) == learnt(quiet)
     assert saved(run) == saved(quiet)

@@ -20,7 +20,7 @@ from job.runs.records import existing_config
 from job.runs.run import open_run
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm_here, ran, refused, refuses, settings
 from tests.job.exchange.test_encoding import make_autoencoder
 
 SOURCE = resources.files("job") / "datasets" / "landscape-sample.zip"
@@ -28,7 +28,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 def said(bucket: Path, *words: object) -> str:
-    return succeeded(ddpm_here(*words, "--bucket", bucket))
+    return ran(*words, "--bucket", bucket)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_diffusers_draws_the_shape(bucket, tmp_path):
     assert "A U-Net of 24×16 pixels" in (tmp_path / "out/README.md").read_text()
     # Back again, and what differs is refused.
     words = ("import", tmp_path / "out", "--bucket", tmp_path / "bucket", "--run")
-    succeeded(ddpm_here(*words, "back", "--size", "24x16"))
+    ran(*words, "back", "--size", "24x16")
     assert existing_config(open_store(str(tmp_path / "bucket")), "back").image_shape == (3, 16, 24)
     line = refused(ddpm_here(*words, "other", "--size", 16), 78)
     assert line == "ddpm: --size 16: the checkpoint states 24x16 pixels"
@@ -135,12 +135,10 @@ def test_records_and_pages_name_the_shape(bucket):
     job = ("submit", "pack", SOURCE, "w", "--size", "24x16", "--on", "local", "--dry-run")
     assert "24x16" in said(bucket, *job)
     said(bucket, "data", "pack", "landscape-sample", "wide", "--size", "16x24")
-    again = ("train", "--dataset", "wide", "--run", "wide", "--set", "data.size=16x24")
-    for words, code, line in (
-        (again, 78, "learns wide at 24x16 pixels, not 16x24: type --run wide-16x24"),
-        (("data", "show", "wide"), 64, "at sizes 24x16, 16x24: choose one with --size N"),
-    ):
-        assert line in refused(ddpm_here(*words, "--bucket", bucket), code)
+    again = "train --dataset wide --run wide --set data.size=16x24"
+    several = ("data show wide", 64, "at sizes 24x16, 16x24: choose one with --size N")
+    changed = (again, 78, "learns wide at 24x16 pixels, not 16x24: type --run wide-16x24")
+    refuses([changed, several], "--bucket", bucket)
 
 
 @pytest.mark.slow
@@ -158,8 +156,7 @@ def test_latents_have_the_shape(bucket, tmp_path):
     copy = shutil.copytree(bucket, tmp_path / "bucket")
     encode = ("data", "encode", "wide", "--size", "24x16", "--autoencoder")
     deep = make_autoencoder(tmp_path / "deep", 5, block_out_channels=(8,) * 5)
-    line = refused(ddpm_here(*encode, deep, "--bucket", copy), 78)
-    assert "halves images 4 times, and 24x16 pixels cannot be" in line
+    refuses([((*encode, deep), 78, "halves images 4 times, and 24x16 pixels cannot be")], "--bucket", copy)
     vae = make_autoencoder(tmp_path / "vae")
     assert "299 as latents of 12×8×4, encoded from wide-24x16" in said(copy, *encode, vae)
     moments = packed(copy, 0, 1, 2, key="datasets/wide-latents-12x8")

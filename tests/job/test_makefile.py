@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from ddpm.catalogue import EXTRACTORS
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.infra.recorded import CHECKOUT, copy_checkout, git
-from tests.job.command_line import ddpm, ddpm_here, settings, succeeded
+from tests.job.command_line import ddpm, ran, settings, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of
 
 SMALL = shlex.join(settings())
@@ -27,17 +27,15 @@ Make = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Runs `make` in a committed copy of the checkout, whose `.venv` has nothing to install."""
     folder = tmp_path_factory.mktemp("make")
     copy_checkout(checkout := folder / "checkout")
     for words in ("init --quiet", "add --all", "commit --quiet --message copy"):
         git(checkout, *words.split())
-    program = checkout / ".venv/bin/ddpm"
-    program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\nPYTHONPATH="$PWD" exec {sys.executable} -m job "$@"\n')
-    program.chmod(0o755)
-    (checkout / ".venv/.installed").touch()
+    program = f'#!/bin/sh\nPYTHONPATH="$PWD" exec {sys.executable} -m job "$@"\n'
+    folder_of(checkout / ".venv", [("bin/ddpm", program.encode()), (".installed", b"")])
+    (checkout / ".venv/bin/ddpm").chmod(0o755)
 
     def make(*words: str) -> subprocess.CompletedProcess[str]:
         done = ddpm(*words, program=("make",), cwd=checkout, DDPM_CACHE=str(folder / "cache"))
@@ -45,7 +43,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
         assert git(checkout, "status", "--porcelain") == ""
         return done
 
-    yield make
+    return make
 
 
 def test_help_lists_every_verb(make):
@@ -77,30 +75,31 @@ case "$1" in config) cat "$PIP_LOG.config";; index) exit "$(cat "$PIP_LOG.index"
 FOR_CPUS = "--extra-index-url https://download.pytorch.org/whl/cpu"
 
 
-@pytest.mark.parametrize(
-    ("words", "machine", "programs", "config", "index", "for_cpus"),
-    [
-        ("", "Linux x86_64", [], "global.cert='/x'", 0, True),
-        ("", "Linux x86_64", [], "", 1, False),
-        ("", "Linux x86_64", ["nvidia-smi"], "", 0, False),
-        ("", "Linux aarch64", [], "", 0, False),
-        ("", "Darwin x86_64", [], "", 0, False),
-        ("", "Linux x86_64", [], ":env:.index-url='https://mine'", 0, False),
-        ("", "Linux x86_64", [], "global.extra-index-url='https://mine'", 0, False),
-        ("", "Linux x86_64", [], "global.find-links='/wheels'", 0, False),
-        ("", "Linux x86_64", [], "global.constraint='/c.txt'", 0, False),
-        ("TORCH=cpu", "Linux x86_64", ["nvidia-smi"], "global.find-links='/wheels'", 1, True),
-        ("TORCH=cuda", "Linux x86_64", [], "", 0, False),
-    ],
-)
+LINUX = "Linux x86_64"
+MACHINES = [
+    ("", LINUX, [], "global.cert='/x'", 0, True),
+    ("", LINUX, [], "", 1, False),
+    ("", LINUX, ["nvidia-smi"], "", 0, False),
+    ("", "Linux aarch64", [], "", 0, False),
+    ("", "Darwin x86_64", [], "", 0, False),
+    ("", LINUX, [], ":env:.index-url='https://mine'", 0, False),
+    ("", LINUX, [], "global.extra-index-url='https://mine'", 0, False),
+    ("", LINUX, [], "global.find-links='/wheels'", 0, False),
+    ("", LINUX, [], "global.constraint='/c.txt'", 0, False),
+    ("TORCH=cpu", LINUX, ["nvidia-smi"], "global.find-links='/wheels'", 1, True),
+    ("TORCH=cuda", LINUX, [], "", 0, False),
+]
+
+
+@pytest.mark.parametrize(("words", "machine", "programs", "config", "index", "for_cpus"), MACHINES)
 def test_machines_without_gpu_get_pytorch_for_cpus(tmp_path, words, machine, programs, config, index, for_cpus):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(CHECKOUT / name, tmp_path)
-    fakes = {".venv/bin/pip": FAKE_PIP, "path/uname": f"#!/bin/sh\necho {machine}\n"}
-    for name, text in (fakes | {f"path/{name}": "#!/bin/sh\n" for name in programs}).items():
-        folder_of(tmp_path, [(name, text.encode())])
-        (tmp_path / name).chmod(0o755)
-    folder_of(tmp_path, [("pip.log.config", config.encode()), ("pip.log.index", str(index).encode())])
+    files = {".venv/bin/pip": FAKE_PIP, "path/uname": f"#!/bin/sh\necho {machine}\n", "pip.log.config": config}
+    files |= {"pip.log.index": str(index)} | {f"path/{name}": "#!/bin/sh\n" for name in programs}
+    folder_of(tmp_path, [(name, text.encode()) for name, text in files.items()])
+    for program in [*tmp_path.glob("path/*"), tmp_path / ".venv/bin/pip"]:
+        program.chmod(0o755)
     variables = {"PIP_LOG": str(tmp_path / "pip.log"), "PATH": f"{tmp_path}/path:{os.environ['PATH']}"}
     done = ddpm("--silent", "setup", *words.split(), program=("make",), cwd=tmp_path, **variables)
     *asked, install = (tmp_path / "pip.log").read_text().splitlines()
@@ -135,7 +134,7 @@ def test_names_with_spaces_pass_through(make, tmp_path):
     source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     bucket = tmp_path / "my bucket"
     words = [f"BUCKET={bucket}", "DATASET=my_photos", f"SOURCE={source}"]
-    succeeded(ddpm_here("data", "pack", source, "my_photos", "--size", 8, "--bucket", bucket))
+    ran("data", "pack", source, "my_photos", "--size", 8, "--bucket", bucket)
     assert "12 colour, 16×16 pixels" in succeeded(make("pack", *words, "SIZE=16"))
     assert "sizes 8, 16: choose one" in make("train", *words, "EPOCHS=1", f"ARGS={SMALL}").stderr
     out = succeeded(make("train", *words, "SIZE=16", "EPOCHS=1", f"ARGS={SMALL} --set train.batch_size=12"))

@@ -19,7 +19,7 @@ from job.processes import compute
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import last_attempt, read_status
 from job.store import open_store
-from tests.job.command_line import about, ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import about, ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.packing import FILES
 from tests.job.some_images import zip_of
 
@@ -74,10 +74,11 @@ def test_another_code_path_of_the_processor_is_told(words, bucket):
             assert re.sub("kernels [0-9a-f]{8}", "", ran_on) == re.sub("kernels [0-9a-f]{8}", "", runs_on)
 
 
+SLOTS = [(2, "more than train.slots=2 processes: DDP adds"), (3, "1 to 3 processes give equal bits")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("slots", "told"), [(2, "more than train.slots=2 processes: DDP adds"), (3, "1 to 3 processes give equal bits")]
-)
+@pytest.mark.parametrize(("slots", "told"), SLOTS)
 def test_a_new_run_says_whether_its_bits_depend_on_processes(bucket, slots, told):
     done = ddpm("train", *about(bucket, "new"), "--epochs", 1, "--processes", 3, "--set", f"train.slots={slots}")
     succeeded(done)
@@ -97,10 +98,8 @@ def test_a_full_disk_while_packing(small_disk, tmp_path):
     bucket, temporary = tmp_path / "bucket", {"TMPDIR": str(small_disk)}
     words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
     line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
-    assert str(small_disk) in line
-    assert "No space left on device: free some space" in line
-    assert not list(bucket.rglob("index.json"))
-    assert not list(small_disk.glob("ddpm-*"))
+    assert str(small_disk) in line and "No space left on device: free some space" in line
+    assert not list(bucket.rglob("index.json")) and not list(small_disk.glob("ddpm-*"))
     # Neither is there space for a picture.
     (small_disk / "more").write_bytes(bytes(60 << 10))
     output = small_disk / "schedule.png"
@@ -116,15 +115,14 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     """There is space for the first checkpoint and none for the second: the next attempt goes on from the first."""
     bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
     source = zip_of(tmp_path / "images.zip", FILES[:12])
-    succeeded(ddpm_here("data", "pack", source, "few", "--size", 16, "--bucket", bucket))
+    ran("data", "pack", source, "few", "--size", 16, "--bucket", bucket)
     smallest = {"model__channels": "4", "model__channel_mults": "1", "model__attention_sizes": "[]"}
     sets = settings(**smallest, train__batch_size="12", checkpoint__every_epochs="1")
     words = ("train", "--dataset", "few", "--bucket", bucket, *sets, "--epochs")
-    succeeded(ddpm_here(*words, 1, **cache))
+    ran(*words, 1, **cache)
     filling = filled(small_disk)
     done = ddpm_here(*words, 2, **cache)
-    assert done.returncode == Exit.DISK_FULL
-    assert "Traceback" not in done.stderr
+    assert done.returncode == Exit.DISK_FULL and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"ddpm: {bucket}/runs/few/checkpoints/000002-000000000024/")
     assert "No space left on device: free some space" in line
@@ -133,5 +131,5 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     status = read_status(run)
     assert status is None or status.state == "failed"
     filling.unlink()
-    out = succeeded(ddpm_here(*words, 2, **cache))
+    out = ran(*words, 2, **cache)
     assert "Run 'few' is finished: 2 epochs, 24 images seen." in out

@@ -19,7 +19,7 @@ from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BadRequestError, BucketAwayError, LostRunError, StoppedError
 from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
-from tests.job.command_line import DDPM, ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 
@@ -47,13 +47,12 @@ def test_seconds_that_the_environment_says(monkeypatch):
     assert away_limit_seconds() == 900
     monkeypatch.setenv(AWAY_VARIABLE, "12.5")
     assert away_limit_seconds() == 12.5
-    monkeypatch.setenv(GRACE_VARIABLE, "0")
-    with pytest.raises(BadRequestError, match="give the seconds between a preemption notice and the end"):
-        Stop()
-    for text in ("-1", "inf", "nan", "soon"):
-        monkeypatch.setenv(AWAY_VARIABLE, text)
-        with pytest.raises(BadRequestError, match=f"{AWAY_VARIABLE}={text!r}: give the seconds"):
-            away_limit_seconds()
+    away, grace = (away_limit_seconds, ""), (Stop, " between a preemption notice and the end")
+    odd = [(AWAY_VARIABLE, text, *away) for text in ("-1", "inf", "nan", "soon")] + [(GRACE_VARIABLE, "0", *grace)]
+    for variable, text, read, more in odd:
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(BadRequestError, match=f"{variable}={text!r}: give the seconds{more}"):
+            read()
 
 
 def test_the_first_deadline_stays(installed):
@@ -83,19 +82,18 @@ def test_the_first_signal_is_the_reason(installed):
             stop.check("while packing")
 
 
-@pytest.mark.parametrize("is_hidden", [False, True])
-def test_work_without_loops_ends_at_once(installed, is_hidden):
+def test_work_without_loops_ends_at_once(installed):
     """A library may have its own error for any failure."""
     stop, said = installed(), "stopped by SIGTERM while reading; the same command begins again"
-    with pytest.raises(StoppedError, match=said), stop.at_once("while reading"):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-            pytest.fail("went on")
-        except StoppedError:
-            if is_hidden:
+    for hidden in ((), (StoppedError,)):
+        with pytest.raises(StoppedError, match=said), stop.at_once("while reading"):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+                pytest.fail("went on")
+            except hidden:
                 raise OSError from None
-            raise
+        stop = installed()
     # Other work is never interrupted.
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.reason == "SIGTERM"
@@ -135,10 +133,10 @@ sys.exit(75)
 """
 
 
-@pytest.mark.parametrize(("before", "reason"), [((), "SIGHUP"), (("nohup",), "SIGTERM")])
-def test_signals_at_exit_keep_the_code(before, reason):
-    done = ddpm("-c", SIGNALS_AT_EXIT, program=(*before, sys.executable))
-    assert (done.returncode, done.stdout) == (75, f"{reason}\n"), done.stderr
+def test_signals_at_exit_keep_the_code():
+    for before, reason in ((), "SIGHUP"), (("nohup",), "SIGTERM"):
+        done = ddpm("-c", SIGNALS_AT_EXIT, program=(*before, sys.executable))
+        assert (done.returncode, done.stdout) == (75, f"{reason}\n"), done.stderr
 
 
 LITTLE_MEMORY = """
@@ -159,7 +157,7 @@ def test_memory_that_runs_out_on_the_machine(tmp_path):
     variables = {"PYTHONPATH": hooked(tmp_path / "hooks", job__training__session=LITTLE_MEMORY)}
     variables["DDPM_CACHE"] = str(tmp_path / "cache")
     place = ("--bucket", tmp_path / "bucket")
-    succeeded(ddpm_here("data", "ensure", "landscape-sample", *place))
+    ran("data", "ensure", "landscape-sample", *place)
     sets = settings(model__channels="32", train__batch_size="299", checkpoint__every_minutes="60")
     words = ("train", "--dataset", "landscape-sample", "--epochs", 1, *place, *sets)
     said = refused(ddpm(*words, **variables), 1)
@@ -197,8 +195,10 @@ def bucket(tmp_path) -> str:
     return str(tmp_path / "bucket")
 
 
-def end(place: str | Path, *machine: int, error: BaseException | None = None, **options) -> None:
-    """Runs a job there that ends with this error."""
+def end(
+    place: str | Path, *machine: int, error: BaseException | None = None, **options
+) -> tuple[str, int | None] | None:
+    """Runs a job there that ends with this error; state and exit code as the bucket has them then."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(JOB, NAME)
         raises = nullcontext() if error is None else pytest.raises(type(error))
@@ -208,38 +208,30 @@ def end(place: str | Path, *machine: int, error: BaseException | None = None, **
             if error is not None:
                 raise error
         assert error is None or raised.value is error
+    outcome = read_outcome(NAME, str(place))
+    return outcome and (outcome.state, outcome.exit_code)
 
 
-def test_an_outcome_follows_its_job(bucket, monkeypatch):
-    assert read_outcome(NAME, bucket) is None
+def test_an_outcome_follows_its_job(bucket, tmp_path, monkeypatch):
+    """It needs a job and a bucket."""
+    monkeypatch.delenv(JOB, raising=False)
+    with outcome_written(bucket):
+        pass
+    (tmp_path / "file").write_text("")
+    assert [read_outcome(NAME, bucket), end(tmp_path / "file"), end(tmp_path / "misspelt")] == [None] * 3
+    assert not (tmp_path / "misspelt").exists()
     for error, state, code, message in ENDINGS:
-        end(bucket, error=error)
-        outcome = read_outcome(NAME, bucket)
-        assert (outcome.state, outcome.exit_code) == (state, code), error
-        assert outcome.message.startswith(message), error
+        assert end(bucket, error=error) == (state, code), error
+        assert read_outcome(NAME, bucket).message.startswith(message), error
     monkeypatch.setenv(JOB, NAME)
     with outcome_written(bucket):
         running = read_outcome(NAME, bucket)
         assert (running.state, running.exit_code) == ("running", None)
 
 
-def test_outcomes_need_job_and_bucket(bucket, tmp_path, monkeypatch):
-    monkeypatch.delenv(JOB, raising=False)
-    with outcome_written(bucket):
-        pass
-    (tmp_path / "file").write_text("")
-    for place in ("file", "misspelt"):
-        end(tmp_path / place)
-    assert not (tmp_path / "misspelt").exists()
-    assert not any(read_outcome(NAME, str(tmp_path / name)) for name in ("bucket", "file", "misspelt"))
-
-
 def test_the_worst_of_several_machines_decides(bucket):
-    told = []
-    for machine, code in ((0, 0), (1, 0), (2, 0), (1, 75), (0, 69), (2, 64)):
-        end(bucket, machine, 3, error=SystemExit(code))
-        outcome = read_outcome(NAME, bucket)
-        told.append((outcome.state, outcome.exit_code))
+    ends = ((0, 0), (1, 0), (2, 0), (1, 75), (0, 69), (2, 64))
+    told = [end(bucket, machine, 3, error=SystemExit(code)) for machine, code in ends]
     running, finished = ("running", None), ("finished", 0)
     assert told == [running, running, finished, ("stopped", 75), ("failed", 69), ("failed", 64)]
     # What is corrupt says nothing.
@@ -267,20 +259,21 @@ def test_starts_are_kept(bucket, monkeypatch, is_group, count):
 
 def test_commands_say_how_they_ended(tmp_path):
     bucket, none = str(tmp_path / "bucket"), str(tmp_path / "no")
-    pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", "--bucket", bucket)
-    succeeded(ddpm_here(*pack, **{JOB: "packed"}))
+    ran("data", "pack", "landscape-sample", "tiles", "--size", "8", "--bucket", bucket, **{JOB: "packed"})
     finished = read_outcome("packed", bucket)
     assert (finished.state, finished.exit_code) == ("finished", 0)
-    for name, code, words in (
-        ("no-source", 66, f"data pack {none} other --size 8"),
-        ("no-crop", 64, f"data pack {none} other --size 8 --crop middle"),
-        ("no-dataset", 66, "train --dataset no"),
-        ("no-key", 78, "train --dataset tiles --set x=1"),
-        ("no-duration", 64, "sample --run no --stop-after soon"),
-        ("no-sampler", 64, "sample --run no --sampler plms"),
-        ("no-run", 66, "sample --run no --count 9 --slice 1/3"),
-        ("no-run-scored", 66, "evaluate --run no --slice 1/3"),
-    ):
+    rows = [
+        (66, f"data pack {none} other --size 8"),
+        (64, f"data pack {none} other --size 8 --crop middle"),
+        (66, "train --dataset no"),
+        (78, "train --dataset tiles --set x=1"),
+        (64, "sample --run no --stop-after soon"),
+        (64, "sample --run no --sampler plms"),
+        (66, "sample --run no --count 9 --slice 1/3"),
+        (66, "evaluate --run no --slice 1/3"),
+    ]
+    for number, (code, words) in enumerate(rows):
+        name = f"job-{number}"
         said = refused(ddpm_here(*words.split(), "--bucket", bucket, **{JOB: name}), code)
         outcome = read_outcome(name, bucket)
         assert (outcome.state, outcome.exit_code) == ("failed", code)

@@ -29,9 +29,9 @@ from job.exits import BadRequestError, Exit
 from job.runs.checkpoints import Manifest
 from job.runs.records import Attempt
 from job.store import open_store
-from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.data.file_server import server_fixture  # noqa: F401
-from tests.job.some_images import encoded, folder_of, picture, png, zip_of
+from tests.job.some_images import encoded, files_in, folder_of, picture, png, zip_of
 from tests.servers import SECRET
 
 CHECKOUT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bucket with a dataset of twelve images and a run of two epochs over it."""
     folder = tmp_path_factory.mktemp("security")
     images, bucket = folder_of(folder / "images", SMALL_IMAGES), folder / "bucket"
-    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket))
+    ran("data", "pack", images, "small", "--size", 8, "--bucket", bucket)
     succeeded(train(bucket, folder / "cache", epochs=2))
     return bucket
 
@@ -185,11 +185,11 @@ def test_payloads_in_a_source_and_journal(tmp_path, marker):
         refused(ddpm_here(*words[:-1]), Exit.BAD_DATA)
         # What the message says is to be done helps.
         assert f"`ddpm data delete small --size 8 --bucket {bucket}`" in refused(ddpm_here(*words), Exit.BAD_REQUEST)
-        succeeded(ddpm_here("data", "delete", "small", "--size", 8, "--bucket", bucket, "--yes"))
-        out = succeeded(ddpm_here(*words))
+        ran("data", "delete", "small", "--size", 8, "--bucket", bucket, "--yes")
+        out = ran(*words)
         assert "images   3 colour" in out and "rejects  2," in out
         assert "(400000000 pixels)" in (bucket / DATASET / "rejects.jsonl").read_text()
-        succeeded(ddpm_here("data", "verify", "small", "--bucket", bucket))
+        ran("data", "verify", "small", "--bucket", bucket)
         names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "a.npy")
         folder_of(place / "mnist", [(name, content) for name in names])
         for source in (place / "mnist", place / "mnist" / "a.npy"):
@@ -263,9 +263,8 @@ def told(text: str | bytes) -> list[str]:
 
 def tell_no_secret(*folders: Path) -> None:
     """Reads all files below the folders, of which each must have some."""
-    for folder in folders:
-        held = [path for path in folder.rglob("*") if path.is_file()]
-        assert held and [(path, secret) for path in held for secret in told(path.read_bytes())] == []
+    for held in map(files_in, folders):
+        assert held and [(name, secret) for name, data in held.items() for secret in told(data)] == []
 
 
 @pytest.mark.slow
@@ -316,10 +315,9 @@ def test_refusals_repeat_no_credentials(secrets, tmp_path, monkeypatch):
             with pytest.raises(BadRequestError) as error:
                 job.load(f"{place}{secret}")
             assert told(str(error.value)) == []
-    rows = [(("data", "list", "--bucket", "gs://any"), Exit.NO_PERMISSION)]
-    for words, code in rows + [(words, Exit.BAD_REQUEST) for words in refusals]:
+    for words in (("data", "list", "--bucket", "gs://any"), *refusals):
         done = ddpm_here(*words)
-        refused(done, code)
+        refused(done, Exit.BAD_REQUEST if words in refusals else Exit.NO_PERMISSION)
         assert told(done.stdout + done.stderr) == []
     assert not (tmp_path / "bucket").exists()
 

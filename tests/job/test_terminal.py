@@ -13,13 +13,9 @@ import sys
 import termios
 from contextlib import suppress
 
-import pytest
-from typer.testing import CliRunner
-
-from job.cli.app import app
 from job.config import NETWORKS, all_settings, draft, known_keys, parse_sets
 from job.exits import Exit
-from tests.job.command_line import ddpm, ddpm_here, on_screen, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, on_screen, ran, refused, refuses
 
 COLUMNS = 120
 HEAD = """
@@ -108,17 +104,7 @@ def test_a_pipe_gets_plain_lines():
     assert re.fullmatch(last, lines[-1])
 
 
-def test_a_closed_reader_ends_no_work():
-    script = 'with Progress("a") as bar:\n    time.sleep(0.3)\n    note("x")\nprint("done")'
-    ours, theirs = os.pipe()
-    os.close(ours)
-    child = subprocess.run([sys.executable, "-c", HEAD + script], stdout=subprocess.PIPE, stderr=theirs, timeout=60)
-    os.close(theirs)
-    assert child.stdout == b"done\n"
-
-
-def test_a_terminal_gets_a_live_line():
-    script = """
+LIVE = """
 with Progress("training", total=24000, start=6000) as bar:
     for i in range(8):
         time.sleep(0.1)
@@ -132,7 +118,11 @@ with Progress("training", total=24000, start=6000) as bar:
 with Progress("over soon") as bar:
     bar.update(1)
 """
-    written, output = drawn_on_terminal(script)
+
+
+def test_a_terminal_gets_a_live_line():
+    """A dumb one gets lines, and a reader that is gone ends no work."""
+    written, output = drawn_on_terminal(LIVE)
     assert output == "for the pipe\n" and "for the pipe" not in written
     above, sampling, training = screen_after(written)
     assert above == "checkpoint [red]saved[/red] " + "x" * 60
@@ -144,11 +134,13 @@ with Progress("over soon") as bar:
     assert "sampling: 100 % · 64 images" in drawn
     assert max(len(line) for line in re.split(r"[\r\n]+", drawn) if "saved" not in line) <= COLUMNS
 
-
-def test_a_dumb_terminal_gets_lines():
-    script = 'with Progress("packing", total=9) as bar: time.sleep(0.5); bar.update(3)'
-    written, _ = drawn_on_terminal(script, term="dumb")
-    assert written.startswith("packing: 33 % · 3/9 images") and "\x1b" not in written
+    written, _ = drawn_on_terminal('with Progress("a", total=9) as bar: time.sleep(0.5); bar.update(3)', term="dumb")
+    assert written.startswith("a: 33 % · 3/9 images") and "\x1b" not in written
+    ours, theirs = os.pipe()
+    os.close(ours)
+    child = subprocess.run([sys.executable, "-c", HEAD + LIVE], stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+    os.close(theirs)
+    assert child.stdout == b"for the pipe\n"
 
 
 def asked(*words, code=Exit.FINISHED):
@@ -160,7 +152,7 @@ def asked(*words, code=Exit.FINISHED):
 def test_programs_get_everything_as_json(bucket):
     at = ("--bucket", bucket)
     (listed,) = asked("runs", "list", *at)
-    assert (listed["name"], listed["state"], listed["epoch"], listed["hours_left"]) == ("walk", "finished", 3.0, None)
+    assert listed.items() >= {"name": "walk", "state": "finished", "epoch": 3.0, "hours_left": None}.items()
     shown = asked("runs", "show", "walk", *at)
     assert (shown["checkpoints"], shown["uri"]) == (["epoch 1", "epoch 3"], f"{bucket}/runs/walk")
     assert shown["attempts"][0]["world_size"] == 1
@@ -192,33 +184,14 @@ def test_quiet_and_verbose(bucket):
     assert quiet.stdout == usual.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        ("runs show ", "walk"),
-        ("sample --run w", "walk"),
-        ("report ", "walk"),
-        ("train --dataset t", "tiles"),
-        ("data show ", "tiles"),
-        ("train --preset landscape-", "landscape-sample"),
-        ("config --set train.batch", "train.batch_size="),
-        ("doctor --on loc", "local"),
-        ("jobs status train-", "train-walk"),
-        ("sample --run walk --sampler dpmpp_3", "dpmpp_3m"),
-        ("evaluate --run walk --grid kar", "karras"),
-        ("evaluate --run walk --extractor mob", "mobilenet"),
-    ],
-)
-def test_a_shell_offers_names(bucket, tmp_path, words, offered):
-    """What bash gets when somebody presses the tabulator after these words."""
-    (bucket / "jobs/train-walk").mkdir(parents=True)
-    (bucket / "jobs/train-walk/0-of-1.json").write_text("{}")
-    about = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": f"ddpm {words}", "COMP_CWORD": str(words.count(" ") + 1)}
-    done = CliRunner().invoke(app, prog_name="ddpm", env={**about, "DDPM_BUCKET": str(bucket)})
-    assert offered in done.stdout.splitlines(), done.stderr
-    if words == "runs show ":
-        done = CliRunner().invoke(app, prog_name="ddpm", env={**about, "DDPM_BUCKET": str(tmp_path / "no")})
-        assert done.output.strip() == ""
+TAKES = {
+    "train.batch_size": "integer ≥ 1 ≤ 1,000,000",
+    "train.learning_rate": "number > 0",
+    "data.crop_scale": "list of number > 0 ≤ 1",
+    "data.size": "integer ≥ 1 ≤ 4,096 or string or null",
+    "model.kind": "|".join(NETWORKS),
+    "train.precision": "auto|fp32|bf16",
+}
 
 
 def test_every_key_has_its_values():
@@ -226,40 +199,29 @@ def test_every_key_has_its_values():
     assert list(listed) == known_keys() == list(asked("config", "--list"))
     assert [key for key, setting in listed.items() if not setting["meaning"].partition(" (")[0]] == []
     assert "data.order" not in listed
-    takes = {
-        "train.batch_size": "integer ≥ 1 ≤ 1,000,000",
-        "train.learning_rate": "number > 0",
-        "data.crop_scale": "list of number > 0 ≤ 1",
-        "data.size": "integer ≥ 1 ≤ 4,096 or string or null",
-        "model.kind": "|".join(NETWORKS),
-        "train.precision": "auto|fp32|bf16",
-    }
-    assert {key: listed[key]["takes"] for key in takes} == takes
+    assert {key: listed[key]["takes"] for key in TAKES} == TAKES
 
 
-def test_keys_are_whole_however_narrow_the_terminal_is():
+def test_keys_and_names_are_whole_however_narrow_the_terminal_is(bucket):
     keys_listed = list(asked("config", "--list", "train"))
     assert len(keys_listed) == 19 and all(key.startswith("train") for key in keys_listed)
     of_adam = ["train.adam_betas", "train.adam_eps"]
     assert list(asked("config", "--list", "train.adam")) == list(asked("config", "train.adam")) == of_adam
-    line = refused(ddpm_here("config", "--list", "trian"), Exit.BAD_REQUEST)
-    assert "no key begins with 'trian'; did you mean 'train'? (preset, imported, data, model, " in line
+    said = "no key begins with 'trian'; did you mean 'train'? (preset, imported, data, model, "
+    refuses([("config --list trian", Exit.BAD_REQUEST, said)])
     # A pager gets one line for each key, as long as its text.
-    header, *lines = succeeded(ddpm_here("config", "--list")).splitlines()
+    header, *lines = ran("config", "--list").splitlines()
     assert header.split() == ["key", "default", "meaning"]
     assert [line.split()[0] for line in lines] == known_keys()
     assert all(line == line.rstrip() for line in (header, *lines))
     _, *lines = on_screen("config", "--list", columns=60).splitlines()
     assert [line[1:].partition(" ")[0] for line in lines if line[1] != " "] == known_keys()
-
-
-@pytest.mark.parametrize("columns", [80, 40])
-def test_names_are_whole_however_narrow_the_terminal_is(bucket, columns):
     name = "walk-with-a-name-of-31-letters"
     (bucket / "runs/walk").rename(bucket / "runs" / name)
-    header, row = on_screen("runs", "list", "--bucket", bucket, columns=columns).splitlines()
-    assert max(len(header), len(row)) == columns and row.endswith("…")
-    assert row.split()[0] == name and "finished".startswith(row.split()[1].rstrip("…"))
+    for columns in (80, 40):
+        header, row = on_screen("runs", "list", "--bucket", bucket, columns=columns).splitlines()
+        assert max(len(header), len(row)) == columns and row.endswith("…")
+        assert row.split()[0] == name and "finished".startswith(row.split()[1].rstrip("…"))
 
 
 def test_values_have_an_origin(tmp_path):
@@ -275,7 +237,7 @@ def test_values_have_an_origin(tmp_path):
     sets, unset = parse_sets(["train.batch_size=64", "train.seed=7"]), {"preset": "celeba", "data.order": "feistel-1"}
     assert {key: values["value"] for key, values in told.items()} | unset == draft("celeba", sets).flat()
     # What it prints is what one types.
-    lines = [line.split() for line in succeeded(ddpm_here(*words)).splitlines()]
+    lines = [line.split() for line in ran(*words).splitlines()]
     (mults,) = (words[1] for words in lines if words[0] == "model.channel_mults")
     assert parse_sets([f"model.channel_mults={mults}"])["model.channel_mults"] == "1,2,2,2,4"
-    assert "there is no preset 'celebs'" in refused(ddpm_here("config", "--preset", "celebs"), Exit.BAD_REQUEST)
+    refuses([("config --preset celebs", Exit.BAD_REQUEST, "there is no preset 'celebs'")])

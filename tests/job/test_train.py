@@ -34,7 +34,7 @@ from job.store import open_store
 from job.store.files import scratch_folder
 from job.training import reporting, session
 from job.training.session import TrainingSession, run_training
-from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
+from tests.job.command_line import NETWORK, ddpm_here, ran, refused, refuses, succeeded
 from tests.job.launching import StopWhen
 from tests.job.some_images import files_in
 
@@ -138,7 +138,7 @@ def test_a_resumed_run_is_bit_equal(packed, capsys):
 @pytest.mark.slow
 def test_held_out_images_are_never_learnt(packed, capsys):
     words = ("data", "pack", "landscape-sample", "parted", "--size", 16, "--hold-out", "20%", "--bucket", packed)
-    succeeded(ddpm_here(*words))
+    ran(*words)
     options, sizes = {"dataset": "parted", "epochs": 2}, "sample.batch_size=16 train.batch_size=32"
     train(packed, "watched", sizes, **options)
     # At the second batch of the first look.
@@ -164,16 +164,16 @@ def test_held_out_images_are_never_learnt(packed, capsys):
     train(packed, "other", f"{sizes} ema.decay=0 ema.warmup=none", **options)
     capsys.readouterr()
     compare = ("runs", "compare", "watched", "--bucket", packed)
-    said = succeeded(ddpm_here(*compare, "other"))
+    said = ran(*compare, "other")
     assert "ema.decay: 0.99 and 0.0" in said
     losses = {words[0]: words[1:] for words in map(str.split, said.splitlines()) if len(words) == 5}
     assert losses["loss"][2:] == ["0", "0"]
     assert "val_loss" not in losses, "two looks are too few for an error"
-    assert "of at least 3" in refused(ddpm_here(*compare, "other", "--since-epoch", 2), 66)
     train(packed, "seeded", f"{sizes} train.seed=1", stop_after=0, **options)
-    assert "train.seed: 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
+    few, seed = (*compare, "other", "--since-epoch", 2), (*compare, "seeded")
+    refuses([(few, 66, "of at least 3"), (seed, 64, "train.seed: 0 and 1")])
     max((packed / "runs/other/metrics").iterdir()).write_bytes(b"{}")
-    assert "'other' cannot be compared" in refused(ddpm_here(*compare, "other"), 65)
+    refuses([((*compare, "other"), 65, "'other' cannot be compared")])
 
 
 NETWORKS = {
@@ -233,10 +233,10 @@ def test_a_run_that_saves_often_keeps_its_last_epochs(packed):
     there = kept(packed, "often")
     assert there[-1] == 1512 and {912, 1200} < {*there} and len(there) in (3, 4), there
     words = ("sample", "--run", "often", "--seeds", "0-1", "--no-nearest", "--bucket", packed, "--checkpoints")
-    assert len(succeeded(ddpm_here(*words, "3,4,5")).splitlines()) == 4
+    assert len(ran(*words, "3,4,5").splitlines()) == 4
     assert "(there are: 3, 4, 5)" in refused(ddpm_here(*words, "2"), Exit.MISSING_INPUT)
     for verb in ("verify", "prune"):
-        succeeded(ddpm_here("runs", verb, "often", "--bucket", packed))
+        ran("runs", verb, "often", "--bucket", packed)
     assert kept(packed, "often") == there
 
 
@@ -396,7 +396,7 @@ def test_a_replay_is_compared_stopped_and_refused(packed, moved, tmp_path, monke
     run, state = packed / "runs/moved", tmp_path / "state"
     before = files_in(packed)
     words = ("replay", "moved", "--bucket", packed, "--image")
-    assert succeeded(ddpm_here(*words, 312, "--verify")).endswith("-000000000312, file by file\n")
+    assert ran(*words, 312, "--verify").endswith("-000000000312, file by file\n")
     with monkeypatch.context() as patch:
         patch.setattr("job.replay.code_version", lambda: "0+other")
         done = ddpm_here(*words, 336, "--to", state)
@@ -431,7 +431,7 @@ def test_a_replay_is_compared_stopped_and_refused(packed, moved, tmp_path, monke
     ):
         assert said in refused(ddpm_here(*words, *asked), code) + "\n"
     assert before == files_in(packed)
-    succeeded(ddpm_here("import", state, "--run", "fork", "--bucket", packed))
+    ran("import", state, "--run", "fork", "--bucket", packed)
     (fork,) = (packed / "runs/fork/checkpoints").iterdir()
     # An export's weights to sample with are the run's.
     weights = load_file(fork / "model-00.safetensors")

@@ -15,7 +15,7 @@ from job.data.shards import load_index
 from job.runs.records import existing_config
 from job.store import open_store
 from job.verbs.upkeep import verify_run
-from tests.job.command_line import ddpm_here, succeeded
+from tests.job.command_line import ddpm_here, ran, succeeded
 
 ARCHIVES = sorted(Path(__file__).parent.glob("format-*.tar.gz"))
 assert ARCHIVES, "there is one"
@@ -48,7 +48,7 @@ def test_runs_draw_the_same_pictures_and_go_on(kept, tmp_path, run, dataset):
     (before,) = (kept / "runs" / run / "samples").glob("epoch-0002-*-seeds-0-3-no-nearest.png")
     path = bucket / before.relative_to(kept)
     path.unlink()
-    succeeded(ddpm_here("sample", "--run", run, "--seeds", "0-3", "--no-nearest", "--bucket", bucket))
+    ran("sample", "--run", run, "--seeds", "0-3", "--no-nearest", "--bucket", bucket)
     now, then = (np.asarray(Image.open(picture)).astype(int) for picture in (path, before))
     # One row of tiles, with what is said above it by this version. Another processor rounds otherwise.
     assert np.abs(now[-98:] - then[-98:]).max() <= 3
@@ -62,8 +62,8 @@ def test_runs_draw_the_same_pictures_and_go_on(kept, tmp_path, run, dataset):
 
 def test_what_was_made_is_found_again(kept, tmp_path):
     bucket = shutil.copytree(kept, tmp_path / "bucket")
-    said = succeeded(ddpm_here("sample", "--run", "pixels", "--count", 20, "--bucket", bucket))
+    said = ran("sample", "--run", "pixels", "--count", 20, "--bucket", bucket)
     assert "complete already" in said
-    succeeded(ddpm_here("sample", "--run", "pixels", "--weights", "ema-0.2", "--seeds", 0, "--bucket", bucket))
+    ran("sample", "--run", "pixels", "--weights", "ema-0.2", "--seeds", 0, "--bucket", bucket)
     words = ("--run", "pixels", "--count", 12, "--extractor", "mobilenet", "--bucket", bucket)
-    assert "fd-mobilenet" in succeeded(ddpm_here("evaluate", *words))
+    assert "fd-mobilenet" in ran("evaluate", *words)

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import typer
 import yaml
 
 import job
 from job.cli import command
 from job.cli.app import EXAMPLES
-from job.exits import JobError
 from job.jobs.backends import JobStatus, Target
 from job.jobs.spec import JobSpec
 from job.jobs.submit import spec_of
@@ -105,13 +103,6 @@ def told(backend: Target, name: str) -> JobStatus:
     """Returns the status that `ddpm jobs status` shows, by the engine and by the bucket."""
     alive = backend.alive(name)
     return alive.with_outcome(alive.bucket or backend.usual_bucket)
-
-
-def raises(kind: int | type[JobError], said: str, call: Callable[..., object], *given: Any) -> None:
-    """What is called fails with this exit code, or kind of error, and a message in which the pattern is found."""
-    with pytest.raises(JobError if isinstance(kind, int) else kind, match=said) as error:
-        call(*given)
-    assert not isinstance(kind, int) or error.value.exit_code == kind, error.value
 
 
 def assert_kept(name: str, made: str) -> None:

@@ -12,8 +12,9 @@ from job.exits import Exit, State
 from job.jobs.backends.container import ContainerTarget
 from job.jobs.spec import JobSpec
 from job.store import kind_of
+from tests.job.command_line import raised
 from tests.job.jobs import submitting
-from tests.job.jobs.submitting import assert_kept, built, raises
+from tests.job.jobs.submitting import assert_kept, built
 
 TARGET = ContainerTarget(name="container")
 
@@ -94,12 +95,12 @@ def test_gpus_if_there_are_any():
     ):
         command = command_of(spec(gpus=asked), there, engine=engine)
         assert [word for word in command if word.startswith(("--device=", "--gpus="))] == words
-    raises(64, "--gpus 3: this machine has 2", command_of, spec(gpus=3), 2)
+    raised(64, "--gpus 3: this machine has 2", command_of, spec(gpus=3), 2)
 
 
 def test_secrets_are_not_passed_on(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    raises(77, "not passed to a container", engine("").submit, spec("s3://photos"))
+    raised(77, "not passed to a container", engine("").submit, spec("s3://photos"))
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws/credentials").write_text("[default]\naws_secret_access_key = hush\n")
     assert kind_of("s3://photos").credential_files() == {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / ".aws/credentials"}
@@ -143,18 +144,18 @@ def test_cancelling_says_what_it_did(engine):
 
 def test_engines_refuse_or_know_no_container(engine, tmp_path, monkeypatch):
     daemon = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
-    raises(64, "podman: Cannot connect", engine(daemon, 125).alive, "train-celeba")
+    raised(64, "podman: Cannot connect", engine(daemon, 125).alive, "train-celeba")
     backend = engine("Error: no such container train-x", 1, has_list=True)
     assert backend.alive("train-x").state is State.GONE
-    raises(66, "no job 'train-x'", backend.cancel, "train-x")
+    raised(66, "no job 'train-x'", backend.cancel, "train-x")
     backend = engine("Error: image not known", 1, has_list=True)
     said = "could not be pulled: check its name, and log in with `podman login`"
-    raises(66, said, backend.submit, spec(image="registry.example.com/ddpm:1"))
+    raised(66, said, backend.submit, spec(image="registry.example.com/ddpm:1"))
     # For the doctor, too.
     assert {check.name: check for check in engine("5.4.2\n").checks("")}["engine"].passed
     (check,) = engine(daemon, 1).checks("")
     assert (check.name, check.passed, check.exit_code) == ("engine", False, Exit.BAD_REQUEST)
     (tmp_path / "podman").unlink()
-    raises(66, "podman is not installed: `apt-get install podman`", TARGET.alive, "train-a")
+    raised(66, "podman is not installed: `apt-get install podman`", TARGET.alive, "train-a")
     # A dry run needs none.
     assert TARGET.render(spec())[0]["command"][0] == "podman"

@@ -11,9 +11,9 @@ import pytest
 
 from job.exits import Exit, Restart, State
 from job.jobs.backends import Cause, NoCapacityError, google
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, raised, refused, succeeded
 from tests.job.jobs.api import Refusal
-from tests.job.jobs.submitting import REGIONS, ZONES, raises, sampling, spec, target
+from tests.job.jobs.submitting import REGIONS, ZONES, sampling, spec, target
 
 NAME, SLICED = "train-celeba", "sample-celeba"
 both = pytest.mark.parametrize("engine", ["vm", "batch"])
@@ -53,14 +53,14 @@ def test_absent_and_silent_apis(monkeypatch):
     monkeypatch.setattr(google, "API_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(f"{google.ENDPOINT_VARIABLE}BATCH", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        raises(69, r"away or too busy.*timed out", target("batch").alive, NAME)
+        raised(69, r"away or too busy.*timed out", target("batch").alive, NAME)
         # The doctor waits for nothing, and for as long as it takes here.
         monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (1000.0,))
         monkeypatch.setattr(google, "HURRIED_TIMEOUT_SECONDS", 0.3)
         (check,) = target("batch").checks("")
     assert not check.passed and check.exit_code == Exit.BUCKET_AWAY
     monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01,))
-    raises(69, "Connection refused", target("batch").submit, spec())
+    raised(69, "Connection refused", target("batch").submit, spec())
 
 
 def test_nobody_is_logged_in(tmp_path, monkeypatch, recwarn):
@@ -69,7 +69,7 @@ def test_nobody_is_logged_in(tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     google._authorized_session.cache_clear()
-    raises(77, "gcloud auth application-default login", target("vm").alive, NAME)
+    raised(77, "gcloud auth application-default login", target("vm").alive, NAME)
     assert not recwarn
 
 
@@ -87,7 +87,7 @@ def test_refusals_become_errors(cloud, vm):
         (NoCapacityError, "does not have enough resources", 503, STOCK, "resourceNotReady"),
     ):
         cloud.denied["POST .*us-central1-a/instances$"] = Refusal(*refusal)
-        raises(error, re.escape(words), vm.submit, spec())
+        raised(error, re.escape(words), vm.submit, spec())
         assert not cloud.compute.instances
     # Busy ones are asked again.
     for refusal in ((429, "Quota exceeded for 'Queries'"), (403, "Limit", "rateLimitExceeded")):
@@ -95,7 +95,7 @@ def test_refusals_become_errors(cloud, vm):
         assert vm.alive(NAME).state is State.GONE
     cloud.requests.clear()
     cloud.denied["GET"] = Refusal(503, "The service is currently unavailable.")
-    raises(69, "currently unavailable", vm.alive, NAME)
+    raised(69, "currently unavailable", vm.alive, NAME)
     assert len(cloud.requests) == 4
 
 
@@ -105,7 +105,7 @@ def test_jobs_are_made_once(cloud, engine):
     backend = target(engine)
     backend.submit(spec())
     for one in (backend, backend.elsewhere()):
-        raises(64, rf"{NAME} runs in us-central1.*ddpm jobs cancel {NAME}", one.submit, spec())
+        raised(64, rf"{NAME} runs in us-central1.*ddpm jobs cancel {NAME}", one.submit, spec())
     assert cloud.lost_answers == 0 and len(cloud.compute.instances) + len(cloud.batch.jobs) == 1
     assert backend.elsewhere().elsewhere() is None
 
@@ -169,8 +169,8 @@ def test_shortages_of_batch_are_named(cloud, batch):
     cloud.batch.move("RUNNING")
     batch.cancel(NAME)
     assert batch.alive(NAME).state is State.CANCELLED
-    raises(64, "cancelled already", batch.cancel, NAME)
-    raises(66, "no job 'nobody'", batch.cancel, "nobody")
+    raised(64, "cancelled already", batch.cancel, NAME)
+    raised(66, "no job 'nobody'", batch.cancel, "nobody")
     batch.elsewhere().submit(spec())
     assert batch.alive(NAME).place == REGIONS[1]
     # The one that was cancelled in the first region is out of the way.
@@ -261,7 +261,7 @@ def test_leaving_machines_make_room(cloud, vm, state):
     # Those of others stay.
     cloud.compute.instances = {(ZONES[0], NAME): {"name": NAME, "status": "RUNNING"}}
     cloud.requests.clear()
-    raises(64, "already exists", vm.submit, spec())
+    raised(64, "already exists", vm.submit, spec())
     assert list(cloud.compute.instances) == [(ZONES[0], NAME)] and not cloud.made("DELETE")
 
 
@@ -273,7 +273,7 @@ def test_shortage_leaves_nothing(cloud, vm):
         (ZONES[0], QUOTA, 64, r"PREEMPTIBLE_NVIDIA_L4_GPUS.*iam-admin/quotas"),
     ]:
         cloud.compute.failures = {place: problem}
-        raises(error, said, vm.submit, sampling())
+        raised(error, said, vm.submit, sampling())
         assert not cloud.compute.instances
     vm.elsewhere().submit(spec())
     assert [*cloud.compute.instances] == [(ZONES[1], NAME)]
@@ -318,7 +318,7 @@ def test_cancelling_deletes_the_machines(cloud, vm):
     # They hear of it, and say so.
     cloud.logging.ended(SLICED, 75, 1, 3, "taken")
     assert vm.alive(SLICED).state is State.CANCELLED
-    raises(66, SLICED, vm.cancel, SLICED)
+    raised(66, SLICED, vm.cancel, SLICED)
     # Who may not write logs may submit and cancel all the same.
     cloud.denied["entries:write"] = Refusal(403, "Permission 'logging.logEntries.create' denied")
     for word, expected in (("RUNNING", "is stopping: it saves first"), ("TERMINATED", "was gone already")):

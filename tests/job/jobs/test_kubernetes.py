@@ -19,8 +19,8 @@ from job.coordination.outcome import outcome_written
 from job.exits import Exit, State, StoppedError
 from job.jobs.backends import Cause, kubernetes
 from job.jobs.backends.kubernetes import KubernetesTarget
-from tests.job.command_line import ddpm_here, environment, refused, succeeded
-from tests.job.jobs.submitting import GKE, raises, sampling, spec, target
+from tests.job.command_line import ddpm_here, environment, raised, refused, succeeded
+from tests.job.jobs.submitting import GKE, sampling, spec, target
 from tests.job.launching import eventually
 
 NAME = "train-celeba"
@@ -114,7 +114,7 @@ def test_queue_must_exist_before_the_job(server):
     server.forbidden.clear()
     for installed in ("v1beta2", "v1beta1"):
         said = r"no LocalQueue 'gpus' in namespace 'training'.*create it in Kueue .kubectl"
-        raises(66, said, backend.submit, spec(f"train-{installed}"))
+        raised(66, said, backend.submit, spec(f"train-{installed}"))
         server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
         backend.submit(spec(f"train-{installed}"))
         assert backend.alive(f"train-{installed}").message == "waits in the queue 'gpus'"
@@ -127,7 +127,7 @@ def test_missing_jobsets_are_named(server, backend, forbidden):
     del server.served["jobset.x-k8s.io/v1alpha2"]
     server.forbidden = {(verb, "jobsets") for verb in forbidden}
     said = r"--nodes 2 needs JobSets in the cluster: kubectl apply --server-side -f .*jobset"
-    raises(66, said, backend.submit, spec(nodes=2))
+    raised(66, said, backend.submit, spec(nodes=2))
     assert not server.bodies
     backend.submit(spec())
     assert [status.state for status in backend.jobs()] == [State.WAITING]
@@ -141,7 +141,7 @@ def test_only_needed_rights_are_used(server, backend):
     backend.cancel(NAME)
     eventually(lambda: backend.alive(NAME).state is State.GONE)
     said = r"cannot create resource .jobsets.*jobs need get, list, create"
-    raises(77, said, backend.submit, spec(nodes=2))
+    raised(77, said, backend.submit, spec(nodes=2))
 
 
 def test_living_jobs_are_not_submitted_twice(server, backend):
@@ -153,7 +153,7 @@ def test_living_jobs_are_not_submitted_twice(server, backend):
     server.faults.append(("POST", lose))
     said = r"train-celeba runs in namespace 'default' already.*jobs cancel train-celeba"
     for job in (spec(), spec(), spec(nodes=2)):
-        raises(64, said, backend.submit, job)
+        raised(64, said, backend.submit, job)
     assert server.names("jobs", "jobsets") == [NAME]
     for how, code in (("Complete", 0), ("Failed", 78)):
         server.end_pod(server.start_pod(NAME), code)
@@ -178,7 +178,7 @@ def test_cancelling_ends_the_pods(server, backend, job, plural):
     eventually(lambda: backend.alive(NAME).state is State.GONE)
     # By which a watch knows that somebody deleted it.
     assert backend.keeps_ended
-    raises(66, "'gke' knows no job 'train-celeba'", backend.cancel, NAME)
+    raised(66, "'gke' knows no job 'train-celeba'", backend.cancel, NAME)
 
 
 @both
@@ -191,9 +191,9 @@ def test_dead_nodes_are_named(server, backend, job, plural, monkeypatch):
     server.kill_kubelet("node-0")
     for status in (backend.alive(NAME), *backend.jobs()):
         assert (status.state, status.place) == (State.WAITING, f"node-{job.nodes - 1}") and told in status.message
-    raises(66, told, list, backend.logs(NAME, follow=True))
+    raised(66, told, list, backend.logs(NAME, follow=True))
     backend.cancel(NAME)
-    raises(64, f"old job 'train-celeba' in namespace 'default' does not end: {told}", backend.submit, job)
+    raised(64, f"old job 'train-celeba' in namespace 'default' does not end: {told}", backend.submit, job)
     server.delete_node("node-0")
     assert pods[0] not in server.names("pods")
     monkeypatch.undo()
@@ -202,7 +202,7 @@ def test_dead_nodes_are_named(server, backend, job, plural, monkeypatch):
 
 def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
     ((job,), (group,)), nowhere = map(backend.render, (spec(), spec(nodes=2))), target(namespace="nowhere")
-    raises(66, r'namespaces "nowhere" not found: `kubectl create` it, or set', nowhere.submit, spec())
+    raised(66, r'namespaces "nowhere" not found: `kubectl create` it, or set', nowhere.submit, spec())
     job["spec"]["template"]["spec"]["restartPolicie"] = "Never"
     group["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
     for made, said in (
@@ -210,7 +210,7 @@ def test_refused_jobs_leave_nothing(server, backend, monkeypatch):
         (group, r"refuses it .403.: admission webhook .* names of failure rules$"),
     ):
         monkeypatch.setattr(KubernetesTarget, "render", lambda self, job, made=made: [made])
-        raises(64, said, backend.submit, spec(nodes=1 + (made is group)))
+        raised(64, said, backend.submit, spec(nodes=1 + (made is group)))
     assert not server.names("jobs", "jobsets")
 
 
@@ -221,15 +221,15 @@ def test_busy_api_is_asked_again(server, backend, tmp_path):
         backend.submit(spec(f"train-{code}"))
     assert len(server.names("jobs")) == 2
     server.refuse_next(429, "the test says 429", times=4)
-    raises(69, "answers 429: the test says 429", backend.alive, NAME)
+    raised(69, "answers 429: the test says 429", backend.alive, NAME)
     assert not server.faults
     said = 'Internal error occurred: failed calling webhook "mjob.kb.io": Post "https://kueue-webhook-service": {}'
     for code in (500, 503):
         server.refuse_next(code, said.format(code), times=4, method="POST")
         told = rf"answers {code}: Internal .*: {code}: the pods of this webhook's"
-        raises(69, told, backend.submit, spec())
+        raised(69, told, backend.submit, spec())
     elsewhere(server, tmp_path, 9)
-    raises(69, "127.0.0.1:9, does not answer", target().submit, spec())
+    raised(69, "127.0.0.1:9, does not answer", target().submit, spec())
 
 
 UNUSABLE = "^the kubeconfig .* cannot be used: [^\n]+$"
@@ -252,9 +252,9 @@ def test_wrong_kubeconfigs_are_refused(server, tmp_path, monkeypatch, content, e
     path, usual = tmp_path / "kubeconfig", server.kubeconfig()
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(usual | content))
     context = "prod" if said == NO_CONTEXT else ""
-    raises(error, said, target(context=context).jobs)
+    raised(error, said, target(context=context).jobs)
     path.unlink()
-    raises(66, r"the kubeconfig .* is missing: .*get-credentials", target().jobs)
+    raised(66, r"the kubeconfig .* is missing: .*get-credentials", target().jobs)
 
 
 def doctor(keys="gke"):
@@ -324,7 +324,7 @@ def test_workloads_show_what_queues_do(server, job, plural):
     (found,) = queued.jobs()
     assert found == queued.alive(NAME)
     assert found.state is State.WAITING and f"Pending: {said}" in found.message
-    raises(64, "runs in namespace 'training' already", queued.submit, job)
+    raised(64, "runs in namespace 'training' already", queued.submit, job)
     # One that the queue ended for its hours makes room.
     runs_out()
     assert queued.alive(NAME).cause is Cause.OUT_OF_TIME
@@ -356,14 +356,14 @@ def past(backend, name=NAME):
 
 
 def test_what_was_printed_until_now(server, backend):
-    raises(66, "no job 'train-celeba'", past, backend)
+    raised(66, "no job 'train-celeba'", past, backend)
     backend.submit(spec())
-    raises(66, "has no output, or it is gone", past, backend)
+    raised(66, "has no output, or it is gone", past, backend)
     first = server.start_pod(NAME, waiting={"reason": "ContainerCreating"})
-    raises(66, "has no output, or it is gone", past, backend)
+    raised(66, "has no output, or it is gone", past, backend)
     server.set_pod(first, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
     said = "train-celeba prints nothing: ImagePullBackOff: manifest unknown"
-    raises(66, said, list, backend.logs(NAME, follow=True))
+    raised(66, said, list, backend.logs(NAME, follow=True))
     server.set_pod(first, running={})
     server.print(first, "one", "two  with spaces ", "")
     server.end_pod(first, 75)

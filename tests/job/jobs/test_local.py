@@ -28,12 +28,13 @@ from tests.job.command_line import (
     ddpm_here,
     environment,
     on_screen,
+    raised,
     refused,
     settings,
     started,
     succeeded,
 )
-from tests.job.jobs.submitting import raises, told
+from tests.job.jobs.submitting import told
 from tests.job.launching import eventually
 
 
@@ -123,7 +124,7 @@ def test_jobs_start_once():
     try:
         path.write_text(json.dumps({**record, "pid": bystander.pid, "process_began": record["process_began"] - 60}))
         assert told(backend(), "train-a").state is State.FAILED
-        raises(64, "is over already", backend().cancel, "train-a")
+        raised(64, "is over already", backend().cancel, "train-a")
         assert bystander.poll() is None
         backend().submit(spec("--dataset", "a"))
         assert ended("train-a")

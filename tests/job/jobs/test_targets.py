@@ -21,8 +21,8 @@ from job.jobs.backends.local import LocalTarget
 from job.jobs.targets import load_targets, parse_targets, target_class
 from job.stop import deadline
 from tests.fuzzing import examples, search
-from tests.job.command_line import ddpm_here, refused
-from tests.job.jobs.submitting import FOR_TRAIN, GOLDEN, SHOWN, TARGETS, built, parsed, raises, spec, target
+from tests.job.command_line import ddpm_here, raised, refused
+from tests.job.jobs.submitting import FOR_TRAIN, GOLDEN, SHOWN, TARGETS, built, parsed, spec, target
 
 pytestmark = pytest.mark.usefixtures("folder")
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
@@ -40,7 +40,7 @@ def test_refused_targets_name_the_key():
         assert said.startswith("targets.yaml") and "hunter2" not in said, text
         assert all(part in said for part in parts) and refusal.value.exit_code == 78, said
     for name in KEPT["secret"]:
-        raises(78, f"{name} looks like a secret", parse_targets, GKE + f", env: {{{name}: x}}}}", "f", "gke")
+        raised(78, f"{name} looks like a secret", parse_targets, GKE + f", env: {{{name}: x}}}}", "f", "gke")
     made = parse_targets(GKE + f", env: {{{', '.join(f'{name}: /a' for name in KEPT['harmless'])}}}}}", "f")["gke"]
     assert list(made.env) == KEPT["harmless"]
 
@@ -56,14 +56,14 @@ def test_refused_jobs_name_the_option(folder):
     # A run that is there has a batch of its own, whatever its preset says.
     assert built("train", [*FOR_TRAIN, "--processes", "64"], nodes=4)
     assert built("train", [*FOR_TRAIN, "--set", "train.batch_size=1"])
-    raises(64, "use a letter and up to 45 lower-case letters", spec, "t" * 47)
+    raised(64, "use a letter and up to 45 lower-case letters", spec, "t" * 47)
 
 
 def test_what_could_not_run_is_not_rendered():
     for name, keys, changes, part in KEPT["rendered"]:
         job = spec(**changes | ({"argv": tuple(changes["argv"])} if "argv" in changes else {}))
         for each in ("vm", "batch") if name == "google" else (SLURM if name == "slurm" else name,):
-            raises(64, re.escape(part), target(each, **keys).render, job)
+            raised(64, re.escape(part), target(each, **keys).render, job)
 
 
 def test_option_variable_then_working_folder(monkeypatch):
@@ -81,9 +81,9 @@ def test_option_variable_then_working_folder(monkeypatch):
         ("/dev/zero", 78, "/dev/zero is larger than 256 KiB: is it the right file"),
         ("b", 64, "b: Is a directory"),
     ):
-        raises(error, said, load_targets, Path(file))
+        raised(error, said, load_targets, Path(file))
     monkeypatch.setenv("DDPM_TARGETS", "neither.yaml")
-    raises(66, r"DDPM_TARGETS neither\.yaml: No such file", load_targets)
+    raised(66, r"DDPM_TARGETS neither\.yaml: No such file", load_targets)
 
 
 @pytest.mark.parametrize(

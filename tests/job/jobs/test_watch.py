@@ -19,7 +19,6 @@ from job.jobs.spec import JobSpec
 from job.jobs.watch import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError, Watch
 from job.store import open_store
 from tests.job.jobs import submitting
-from tests.job.jobs.submitting import raises
 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "/nowhere", run="a", max_hours=2.0)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
@@ -266,7 +265,7 @@ def test_next_places_are_tried():
     # Without the watch each is tried once.
     assert Place(Engine([GONE], full={"a": 1}), ("a", "b")).submit_where_possible(SPEC).name == "b"
     full = Place(Engine([GONE], full={"a": 1, "b": 1}), ("a", "b"))
-    raises(NoCapacityError, "b has no machine", full.submit_where_possible, SPEC)
+    raised(NoCapacityError, "b has no machine", full.submit_where_possible, SPEC)
 
 
 def test_waiting_jobs_are_moved():
@@ -296,7 +295,7 @@ def test_silent_engines_leave_jobs_alone():
     assert len(engine.submitted) == 1
     assert engine.told.count("the API is away; the job goes on meanwhile") == 1
     for refusal in (NoPermissionError("no"), BadRequestError("no such GPU")):
-        raises(type(refusal), str(refusal), Engine([GONE, GONE], refusal=refusal).watch)
+        raised(type(refusal), str(refusal), Engine([GONE, GONE], refusal=refusal).watch)
     # The answer to the first request was lost: the second finds the job there.
     Engine([GONE, RUNNING, *ENDS], refusal=refusal).watch()
     # Nor is it ended with the watch.
@@ -409,10 +408,10 @@ def test_batch_jobs_are_submitted_again(cloud):
     backend = submitting.target("batch")
     lost = [lambda: becomes("FAILED", *[50001] * 10), nothing, runs]
     watched(backend, runs, *lost * 6, lambda: becomes("SUCCEEDED", 0))
-    raises(JobEndedError, "could not be ended", watched, backend, runs, lambda: becomes("FAILED", 50004))
+    raised(JobEndedError, "could not be ended", watched, backend, runs, lambda: becomes("FAILED", 50004))
     # Batch makes eleven attempts by itself.
     said = "ended with 137, the 6th failure: giving up"
-    raises(JobEndedError, said, watched, backend, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
+    raised(JobEndedError, said, watched, backend, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
 
 
 def test_cluster_jobs_are_submitted_again(server):
