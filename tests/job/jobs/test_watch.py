@@ -18,6 +18,7 @@ from job.jobs.backends import Cause, JobStatus, NoCapacityError, Target
 from job.jobs.spec import JobSpec
 from job.jobs.watch import ELSEWHERE_SECONDS, LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError, Watch
 from job.store import open_store
+from tests.job.command_line import raised
 from tests.job.jobs import submitting
 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "/nowhere", run="a", max_hours=2.0)
