@@ -20,7 +20,7 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.options import LaunchedOptions
 from job.plan import Plan, plan_run
 from job.printing import in_lines, open_page
-from job.processes.group import Group, check_gpus, default_processes
+from job.processes.group import Group, check_gpus, default_processes, gpu_gib
 from job.processes.launcher import await_go, is_rank, launch, this_command
 from job.progress import note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
@@ -50,7 +50,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
     with command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
-            plan = plan_run(request, stop)
+            plan = plan_run(request, stop, gpu_gib=gpu_gib())
         except MissingInputError as error:
             from job.verbs.datasets import how_packed, how_to_pack
 

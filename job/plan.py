@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
-from job.config import EMBEDDED, RunConfig, changed_for_attempt, draft, layered, preset_names
+from job.config import EMBEDDED, RunConfig, Start, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import image_size
 from job.data.reading.order import epochs_completed_by, images_at_epoch
 from job.data.shards import DatasetIndex, NoDatasetError, dataset_key, find_dataset, load_index
@@ -32,6 +32,8 @@ class Plan(RunHandle):
     is_new: bool
     held_out: DatasetIndex | None
     """The held-out images, if the dataset has some and the run validates on them."""
+    start: Start | None = None
+    """How a new run begins, if neither command nor dataset says it."""
 
     @property
     def target_images(self) -> int:
@@ -162,7 +164,12 @@ def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConf
     return records.as_last_changed(run, stored).updated(request.changes)
 
 
-def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], dict[str, Any]] | None = None) -> Plan:
+def plan_run(
+    request: TrainRequest,
+    stop: Stop = NEVER,
+    suited: Callable[[int], dict[str, Any]] | None = None,
+    gpu_gib: float = 0.0,
+) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     Presets of a newer program cannot change a run, whose stored configuration is the base. The changes of the last
@@ -173,6 +180,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], 
         stop: ends a wait for the bucket, now and later by the plan's stores.
         suited: returns, for a batch size, the settings that suit this machine, by key: for what the run leaves open. A
             new run keeps them.
+        gpu_gib: memory in GiB of this machine's smallest GPU; 0 without one.
 
     Raises:
         MissingInputError: no such dataset.
@@ -190,6 +198,10 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], 
         raise BadConfigError(f"run {request.run!r} {learns}, not {index.size}: type --run {name} (make: RUN={name})")
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
+    start = None
+    if stored is None and not (request.from_ or request.network or request.preset_name("")):
+        start = Start.of(gpu_gib, index.size, index.images)
+        config = draft(start.preset, request.defaults | request.changes, start.set)
     config = follow_dataset(config, index)
     if suited:
         before, now = stored.flat() if stored else {}, config.flat()
@@ -211,6 +223,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER, suited: Callable[[int], 
         changes=changes,
         is_new=stored is None,
         held_out=held_out,
+        start=start,
     )
 
 

@@ -6,8 +6,10 @@ lists the settings, and has the rules across its sections. `ddpm config` shows t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,11 +20,12 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ddpm.catalogue import LARGEST, OneOf, takers
+from ddpm.image_size import ImageSize
 from job.config.schema import NETWORKS, RunConfig, Section, Size, flatten, is_free, layered, validated
 from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
 
 EMBEDDED = "landscape-sample"
-"""The dataset that comes with the program; its preset is the default for all other datasets."""
+"""The dataset that comes with the program."""
 LARGEST_FILE_BYTES = 1 << 18
 """Limit of a file with settings or targets."""
 FOLLOWS = ("data.size", "data.channels", "model.num_classes")
@@ -199,10 +202,44 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     return _only_known(flatten(values), str(path))
 
 
-def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
-    """Returns the preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+def draft(preset: str, changes: dict[str, Any], of_start: dict[str, Any] | None = None) -> RunConfig:
+    """Returns the preset with the settings of a `Start` and the user's changes, before the dataset is known.
+
+    Raises:
+        BadRequestError, BadConfigError: all errors that need no bucket.
+    """
     settings_of_preset = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
-    return validated(layered(settings_of_preset | {"preset": preset}, changes))
+    return validated(layered(settings_of_preset | {"preset": preset} | (of_start or {}), changes))
+
+
+@dataclass(frozen=True)
+class Start:
+    """A row of `starts.yaml`: how a run begins whose command and dataset name no preset."""
+
+    preset: str
+    set: dict[str, Any]
+    """Settings that differ from the preset, by key."""
+    gpu_gib: float = 0.0
+    pixels: int = 0
+    images: float = math.inf
+
+    @classmethod
+    def of(cls, gpu_gib: float, size: ImageSize | None = None, images: int = 0) -> Start:
+        """Returns the first row that fits a machine and a dataset.
+
+        Args:
+            gpu_gib: memory of the machine's smallest GPU in GiB; 0 without a GPU.
+            size: that of the images; None for that which the embedded images have.
+            images: their number.
+        """
+        pixels = max((size or ImageSize.of(32)).shape)
+        rows = [cls(**row) for row in parse_yaml((resources.files("job.config") / "starts.yaml").read_text())]
+        return next(r for r in rows if gpu_gib >= r.gpu_gib and pixels >= r.pixels and images <= r.images)
+
+    @property
+    def words(self) -> str:
+        """The row, as a person would type it."""
+        return " ".join([f"--preset {self.preset}", *(f"--set {key}={shown(each)}" for key, each in self.set.items())])
 
 
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
@@ -235,8 +272,12 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     return changes
 
 
-def all_settings() -> dict[str, dict[str, Any]]:
-    """Returns of each key its default, its meaning, with the option that sets it instead of `--set`, and its values."""
+def all_settings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns of each key its default, its meaning, with the option that sets it instead of `--set`, and its values.
+
+    Args:
+        values: the defaults of a new run, by key; other kinds of networks have further keys.
+    """
     rows = {}
     for key in known_keys():
         section, _, leaf = key.rpartition(".")
@@ -249,7 +290,8 @@ def all_settings() -> dict[str, dict[str, Any]]:
             notes.append(f"set by {CHOSEN_ELSEWHERE[key]}")
         adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
         takes = values_of(adapter.json_schema())
-        rows[key] = {"default": field.default, "meaning": f"{'; '.join(notes)} ({takes})", "takes": takes}
+        default, meaning = values.get(key, field.default), f"{'; '.join(notes)} ({takes})"
+        rows[key] = {"default": default, "meaning": meaning, "takes": takes}
     return rows
 
 
@@ -267,12 +309,14 @@ def values_of(schema: dict[str, Any]) -> str:
     return " ".join([schema["type"], *limits])
 
 
-def _resolved(preset: str, sets: Iterable[str], config_file: Path | None) -> dict[str, dict[str, Any]]:
+def _resolved(start: Start, sets: Iterable[str], config_file: Path | None) -> dict[str, dict[str, Any]]:
     """Returns of each key of a new run its value, and the origin of that."""
     file, assigned = read_config_file(config_file), parse_sets(sets)
-    values, of_dataset = draft(preset, file | assigned).flat(), {key for key in CHOSEN_ELSEWHERE if key[:5] == "data."}
-    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, f"preset {preset}": flatten(_preset(preset))}
-    layers |= {"the dataset": {*FOLLOWS, *of_dataset}, "default": values}
+    values = draft(start.preset, file | assigned, start.set).flat()
+    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, "this machine": start.set}
+    layers[f"preset {start.preset}"] = flatten(_preset(start.preset))
+    layers["the dataset"] = {*FOLLOWS, *(key for key in CHOSEN_ELSEWHERE if key[:5] == "data.")}
+    layers["default"] = values
     return {
         key: {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
         for key in known_keys()
@@ -286,7 +330,7 @@ def show_config(
     """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
 
     Args:
-        preset: its name; empty for the default one.
+        preset: its name; empty for what suits this machine and images of 32 pixels.
         sets: assignments to dotted keys.
         config_file: with further settings.
         begin: the keys to print begin with it.
@@ -299,8 +343,11 @@ def show_config(
     from rich.table import Table
 
     from job.printing import print_json, print_table
+    from job.processes.group import gpu_gib
 
-    rows = all_settings() if list_all else _resolved(preset or EMBEDDED, sets, config_file)
+    rows = _resolved(Start(preset, {}) if preset else Start.of(gpu_gib()), sets, config_file)
+    if list_all:
+        rows = all_settings({key: row["value"] for key, row in rows.items()})
     chosen = {key: row for key, row in rows.items() if key.startswith(begin)}
     if not chosen:
         sections = dict.fromkeys(key.partition(".")[0] for key in rows)

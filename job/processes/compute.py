@@ -43,6 +43,12 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     return {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
 
 
+def gpu_gib() -> float:
+    """Returns the memory in GiB of the smallest GPU of this machine; 0 without one."""
+    gpus = range(torch.cuda.device_count())
+    return min((float(torch.cuda.get_device_properties(i).total_memory) / 2**30 for i in gpus), default=0.0)
+
+
 def slots_of(train: Train, ranks: Ranks) -> Slots | None:
     """Returns the slots that the processes share; None if they add gradients in an order of their own."""
     is_wanted = ranks.device.type == "cpu" if train.exact is None else train.exact

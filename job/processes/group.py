@@ -133,6 +133,11 @@ def default_processes() -> int:
     return max(1, _cuda()[1])
 
 
+def gpu_gib() -> float:
+    """Returns the memory in GiB of the smallest GPU that torch sees; 0 without one."""
+    return _cuda()[2]
+
+
 def local_gpus() -> int:
     """Returns the number of NVIDIA GPUs of this machine, whether they may be used or not."""
     return sum(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
@@ -147,7 +152,7 @@ def check_gpus() -> None:
     """
     if not (given := count_of(GPUS, 0)):
         return
-    cuda, seen = _cuda()
+    cuda, seen, _ = _cuda()
     counts = f"this job was given {given} GPU{'s' * (given != 1)}, and PyTorch sees {seen}"
     if not DRIVER.exists():
         raise MissingInputError(f"{counts}: this machine lacks the NVIDIA driver")
@@ -160,14 +165,17 @@ def check_gpus() -> None:
 
 
 @cache
-def _cuda() -> tuple[str, int]:
-    """Returns the version of torch's CUDA and the number of its GPUs; ("", 0) without an NVIDIA driver.
+def _cuda() -> tuple[str, int, float]:
+    """Returns the version of torch's CUDA, the number of its GPUs, and the smallest one's GiB; ("", 0, 0) without any.
 
-    A process of its own imports torch, which takes seconds and memory of the GPUs; if it fails, ("unknown", 0).
+    A process of its own imports torch, which takes seconds and memory of the GPUs; if it fails, ("unknown", 0, 0).
     """
     if not DRIVER.exists():
-        return "", 0
-    ask = "import torch; print(torch.version.cuda or '', torch.cuda.device_count(), sep=',')"
+        return "", 0, 0.0
+    ask = (
+        "import torch; gpus = range(torch.cuda.device_count()); print(torch.version.cuda or '', len(gpus), "
+        "min((torch.cuda.get_device_properties(i).total_memory / 2**30 for i in gpus), default=0), sep=',')"
+    )
     asked = subprocess.run([sys.executable, "-P", "-c", ask], stdout=subprocess.PIPE, text=True, check=False)
-    cuda, _, count = asked.stdout.strip().rpartition("\n")[2].partition(",")
-    return (cuda, int(count)) if asked.returncode == 0 and count.isdecimal() else ("unknown", 0)
+    answer = re.fullmatch(r"(.*),(\d+),([\d.]+)", asked.stdout.strip().rpartition("\n")[2])
+    return (answer[1], int(answer[2]), float(answer[3])) if asked.returncode == 0 and answer else ("unknown", 0, 0.0)

@@ -195,7 +195,7 @@ TAKES = {
 
 
 def test_every_key_has_its_values():
-    listed = all_settings()
+    listed = all_settings({})
     assert list(listed) == known_keys() == list(asked("config", "--list"))
     assert [key for key, setting in listed.items() if not setting["meaning"].partition(" (")[0]] == []
     assert "data.order" not in listed

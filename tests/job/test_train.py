@@ -296,7 +296,7 @@ def test_a_run_that_ends_before_it_trains_says_so_on_its_page(tiles, tmp_path):
 
 
 def test_a_non_finite_gradient_ends_training(packed):
-    explosive = "train.learning_rate=1e9 train.warmup_images=0 checkpoint.every_minutes=1e-9"
+    explosive = "train.optimizer=adam train.learning_rate=1e9 train.warmup_images=0 checkpoint.every_minutes=1e-9"
     for _ in range(2):
         error = train(packed, "explodes", explosive, epochs=1, ending=NotANumberError)
         assert error.exit_code == 70 and "not a finite number" in str(error)

@@ -13,8 +13,9 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
+from ddpm.image_size import ImageSize
 from job import config as settings
-from job.config import draft, known_keys, pack_config, parse_sets, preset_names
+from job.config import Start, draft, known_keys, pack_config, parse_sets, preset_names
 from job.config.method import build_network
 from job.config.schema import NETWORKS
 from job.data.pack_request import PackRequest
@@ -55,6 +56,33 @@ def test_every_preset_builds_its_network_and_survives_being_stored(name):
     with torch.device("meta"):
         network = build_network(config, torch.device("meta"))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+STARTS = [
+    # memory of the GPU in GiB, size, images → preset, and settings by which the row differs
+    (0, 32, 100, "landscape-sample", {"train.optimizer": "muon", "train.learning_rate": 6e-3}),
+    (6.9, 256, 10**6, "landscape-sample", {"train.optimizer": "muon"}),
+    (7, 64, 20_000, "landscape", {"model.dropout": 0.1, "train.epochs": 500}),
+    (7, 64, 20_001, "landscape", {"model.dropout": 0.0, "train.epochs": 100}),
+    (14.6, "128x96", 100, "landscape", {"model.channel_mults": (1, 2, 2, 2)}),
+    (22, "96x80", 100, "landscape", {"model.channel_mults": (1, 1, 2, 2, 2), "train.micro_batch_size": 16}),
+    (79, "256x128", 100, "lsun-256", {"diffusion.schedule": "flow", "sample.sampler": "unipc"}),
+]
+
+
+@pytest.mark.parametrize(("gpu_gib", "size", "images", "preset", "settings"), STARTS)
+def test_a_run_without_a_preset_begins_as_machine_and_images_suggest(gpu_gib, size, images, preset, settings):
+    start = Start.of(gpu_gib, ImageSize.of(size), images)
+    config = draft(start.preset, {"data.size": size, "data.channels": 3, "model.num_classes": 5}, start.set)
+    flat = config.flat()
+    assert config.preset == preset and not config.data.flip
+    assert {key: tuple(flat[key]) if isinstance(flat[key], list) else flat[key] for key in settings} == settings
+    with torch.device("meta"):
+        build_network(config, torch.device("meta"))
+    # What it prints is what a person types.
+    words = start.words.split()[2:]
+    typed = draft(preset, parse_sets(words[1::2]) | {"data.size": size, "data.channels": 3, "model.num_classes": 5})
+    assert typed == config
 
 
 def test_presets_have_the_published_networks():
