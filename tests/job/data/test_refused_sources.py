@@ -6,12 +6,11 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import tarfile
 import zipfile
-from base64 import b64encode
-from itertools import combinations
 from pathlib import Path
 
 import datasets
@@ -19,8 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
-from pyarrow import parquet
-from pyarrow.parquet import encryption
 
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
@@ -32,7 +29,7 @@ from job.store import open_store
 from tests.fuzzing import examples, search
 from tests.job.packing import entries_of, images_of
 from tests.job.some_images import encoded, folder_of, idx, jpeg, picture, png, tar_of, zip_of
-from tests.job.some_tables import IMAGE, arrow_bytes, contents_of, image_chunks, parquet_bytes, table
+from tests.job.some_tables import IMAGE, arrow_bytes, image_chunks, parquet_bytes, table
 
 BAD, REQUEST, MISSING = Exit.BAD_DATA, Exit.BAD_REQUEST, Exit.MISSING_INPUT
 MAKERS = {".zip": zip_of, ".tar": tar_of, ".tgz": tar_of, "": folder_of}
@@ -66,11 +63,11 @@ def deflated(entries: int, entry_bytes: int) -> bytes:
     return file.getvalue()
 
 
-def flipped(content: bytes, *places: int) -> bytes:
-    """With the lowest bits of these bytes flipped."""
+def flipped(content: bytes, *places: int, bit: int = 1) -> bytes:
+    """With a bit of these bytes flipped."""
     content = bytearray(content)
     for at in places:
-        content[at] ^= 1
+        content[at] ^= bit
     return bytes(content)
 
 
@@ -141,22 +138,6 @@ def array_of_datasets(path: Path) -> None:
     datasets.Dataset.from_list([{"image": np.zeros((2, 2, 3), np.uint8)}], features=features).to_parquet(path)
 
 
-def encrypted_table(plaintext_footer: bool) -> bytes:
-    class Keys(encryption.KmsClient):
-        """Hands the keys out as they are."""
-
-        def wrap_key(self, key: bytes, _: str) -> bytes:
-            return b64encode(key)
-
-    how = encryption.EncryptionConfiguration("footer", column_keys={"image": ["image.bytes"]})
-    how.plaintext_footer, file = plaintext_footer, io.BytesIO()
-    factory = encryption.CryptoFactory(lambda _: Keys())
-    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
-    with parquet.ParquetWriter(file, table(1).schema, encryption_properties=properties) as writer:
-        writer.write_table(table(1))
-    return file.getvalue()
-
-
 SECRET, TWO, LONG_ENTRY = zipped([("secret.jpg", b"1")]), zipped([ONE, ("2.jpg", jpeg(2))]), deflated(1, 100_000)
 LIE = LONG_ENTRY.index(b"PK\x01\x02") + 24
 LYING = LONG_ENTRY[:LIE] + struct.pack("<I", 1000) + LONG_ENTRY[LIE + 4 :]
@@ -172,6 +153,10 @@ LEFT_AND_RIGHT = parquet_bytes(pa.table({"left": IMAGES, "right": IMAGES}))
 NULLS, LABELS = pa.table({"image": pa.nulls(100_000, IMAGE)}), parquet_bytes(table(2).select(["label"]))
 WHOLE, STREAM = parquet_bytes(table(20)), arrow_bytes(table(20))
 CHUNKS = image_chunks(WHOLE)
+# The file gives its number of rows first, its group of rows last: in a varint of Thrift, of one byte, twice the number.
+COUNTED = parquet_bytes(table(20).select(["image"]).replace_schema_metadata(), row_group_size=20)
+FOOTER = range(len(COUNTED) - 8 - int.from_bytes(COUNTED[-8:-4], "little"), len(COUNTED) - 8)
+COUNTS = [at for at in FOOTER if COUNTED[at] == 2 * 20]
 LEADS_OUT = ["../1.jpg", "a/../../1.jpg", "/etc/1.jpg", "..", "..\\1.jpg", "C:\\1.jpg", "\\\\h\\1.jpg", "../x.txt"]
 ARCHIVES = ("a.zip", "a.tar", "a.tgz")
 ODD_KINDS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE)
@@ -260,8 +245,9 @@ ROWS = [
     # Files that differ in their classes, or lack the images.
     ("two", {"a.parquet": WHOLE, "b.parquet": about(table(2))}.items(), "b.parquet has other classes in the column"),
     ("two", {"a.parquet": WHOLE, "b.parquet": LABELS}.items(), "b.parquet lacks the column 'image' of images of o"),
-    ("a.parquet", encrypted_table(True), "crypt"),
-    ("a.parquet", encrypted_table(False), "crypt"),
+    ("a.parquet", WHOLE[:-1] + b"E", "a.parquet is truncated or damaged (Could not read encrypted metadata"),
+    ("a.parquet", flipped(COUNTED, COUNTS[0], bit=2), "promises 21 rows, and has 20 rows in its groups"),
+    ("a.parquet", flipped(COUNTED, COUNTS[0], COUNTS[-1], bit=2), "promises 21 rows in a group, and has 20: it is"),
 ]
 
 
@@ -283,27 +269,22 @@ def test_source_is_read_or_refused_in_one_line(tmp_path, name, content, expected
 
 def test_bombs_do_not_go_off(tmp_path, monkeypatch):
     bomb, inner = deflated(3, 30 << 20), tar_of(tmp_path / "inner.tgz", [("../up.jpg", b"x")]).read_bytes()
+    files = [("bomb.zip", bomb), ("inner.tar.gz", inner), ("inner.png", inner), ONE]
     for name in ARCHIVES:
-        files = [("bomb.zip", bomb), ("inner.tar.gz", inner), ("inner.png", inner), ONE]
         assert images_of(placed(tmp_path, name, files)) == [("inner.png", inner), ONE]
     monkeypatch.setattr(members, "ENTRY_BYTES", limit := 1 << 20)
     too_large, zeros = f"has {limit + 1:,} bytes, more than the {limit:,}", bytes(8 << 20)
     large = [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))]
-    rows = pa.array([png(1), bytes(limit + 1)])
+    rows = pa.table({"image": pa.array([png(1), bytes(limit + 1)])})
     for name, content, said in (
         *((name, large, f"entry 'large.png' {too_large}") for name in ("a.zip", "a.tar", "a")),
-        ("a.parquet", parquet_bytes(pa.table({"image": rows})), f"entry 'a.parquet/0000001.png' {too_large}"),
+        ("a.parquet", parquet_bytes(rows), f"entry 'a.parquet/0000001.png' {too_large}"),
         # One whose directory is honest, and one of whom nothing is known before it is unpacked.
-        ("b.zip", deflated(10, limit), f"{tmp_path}/b.zip unpacks to more than 200 times its size: do not trust"),
-        (
-            "b.tgz",
-            [ONE, ("zeros.bin", zeros)],
-            f"{tmp_path}/b.tgz unpacks to more than 200 times its size: do not trust",
-        ),
+        ("b.zip", deflated(10, limit), "b.zip unpacks to more than 200 times its size: do not trust"),
+        ("b.tgz", [ONE, ("zeros.bin", zeros)], "b.tgz unpacks to more than 200 times its size: do not trust"),
     ):
-        with pytest.raises(BadDataError) as caught:
+        with pytest.raises(BadDataError, match=f"{tmp_path}/.*{re.escape(said)}"):
             images_of(placed(tmp_path, name, content))
-        assert said in str(caught.value)
     # What is not read may be as large as it likes.
     with zipfile.ZipFile(tmp_path / "beside.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", PNG)
@@ -314,61 +295,21 @@ def test_bombs_do_not_go_off(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_truncated_archives_are_refused(tmp_path, name):
     path = Path(placed(tmp_path, name, FILES))
-    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    whole = path.read_bytes()
     # A tar is whole with its first end block; Python pads it to 10 KiB.
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512 if name == "a.tar" else len(whole) - 1
     for cut in [*range(1, end, 97), *range(0, end, 512), end]:
         path.write_bytes(whole[:cut])
         with pytest.raises(BadDataError, match=str(path)):
             images_of(path)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for at in rng.integers(0, len(whole), size=rng.integers(1, 12)):
-            damaged[at] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            images_of(path)
-        except JobError as error:
-            refused += 1
-            assert error.exit_code in (REQUEST, BAD), error
-    assert refused > 50
-
-
-def test_lying_row_counts_are_refused(tmp_path):
-    """The file and its group of rows give their number in a varint of Thrift each, of one byte."""
-    path, content = tmp_path / "a.parquet", parquet_bytes(pa.table({"image": table(20)["image"]}), row_group_size=20)
-    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    places = [at for at in range(start, len(content) - 8) if content[at] == 2 * 20]
-    said = []
-    for two in combinations(places, 2):
-        changed = bytearray(content)
-        for at in two:
-            changed[at] = 2 * 21
-        path.write_bytes(changed)
-        try:
-            assert len(contents_of(path)) == 20
-        except BadDataError as error:
-            said.append(str(error))
-    assert sum("promises 21 rows in a group, and has 20" in line for line in said) == 1
-    assert any("promises 21 rows, and has 20 rows in its groups" in line for line in said)
 
 
 SIZES = st.one_of(st.integers(-2048, 4096), st.sampled_from([-(2**70), -(2**63), 2**31, 2**62, 2**64, 2**70]))
 KINDS = st.sampled_from([*b"0000000\x0012345678DKLNSVxgMX"]).map(lambda number: bytes([number]))
 NAMES = ["1.png", "a/1.png", "b/2.png", "b/2.cls", "b/2.json", "dataset.json", "x.txt", "3.a.png", "c/", "../1.png"]
 NAMES += ["\x1b[2J.png", "d\udcff.png"]
-LABELS_OF = [
-    b"",
-    b"0",
-    b"-1",
-    b"7",
-    b"99999",
-    b"cat",
-    b'{"label": "\\ud800"}',
-    b'{"label": [1]}',
-    b"[" * 99_999,
-    b"null",
-]
+LABELS_OF = [b"", b"0", b"-1", b"7", b"99999", b"cat", b"[" * 99_999, b"null", b'{"label": [1]}']
+LABELS_OF += [b'{"label": "\\ud800"}']
 TABLES = [b'{"labels": [["a/1.png", 1], ["b/2.png", "x"]]}', b'{"labels": {"1.png": NaN}}', b'{"labels": [[[], 1]]}']
 CONTENTS = st.one_of(st.just(PNG), st.sampled_from(LABELS_OF + TABLES), st.binary(max_size=600))
 KEYS = ["size", "path", "linkpath", "mtime", "hdrcharset", "x"]
@@ -403,14 +344,10 @@ def hostile_zip(entries: list, method: int) -> bytes:
 def hostile_tables() -> list[tuple[str, bytes]]:
     """Small files of each kind, in the encodings and codecs that differ."""
     texts, found = pa.array(["cat", "dog", None] * 4), list[tuple[str, bytes]]()
+    codecs = [{}, {"use_dictionary": True, "compression": "snappy"}]
+    codecs += [{"compression": "zstd", "data_page_version": "2.0"}, {"compression": "gzip", "write_page_index": True}]
     for content in (table(12, size=8), table(12, texts, 8), table(12, texts.dictionary_encode(), 8)):
-        for options in (
-            {"row_group_size": 5},
-            {"use_dictionary": True, "compression": "snappy"},
-            {"compression": "zstd", "data_page_version": "2.0"},
-            {"compression": "gzip", "write_page_index": True},
-        ):
-            found.append((".parquet", parquet_bytes(content, **options)))
+        found += [(".parquet", parquet_bytes(content, row_group_size=5, **codec)) for codec in codecs]
         for new in (pa.ipc.new_stream, pa.ipc.new_file):
             found += [(".arrow", arrow_bytes(content, new, 5, compression=codec)) for codec in (None, "lz4", "zstd")]
     return found

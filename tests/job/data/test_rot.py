@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +73,6 @@ def blamed(store: Store) -> list[str]:
     return sorted(line.split()[0].rstrip(",").removeprefix(f"{store.uri_of(KEY)}/") for line in problems)
 
 
-def damages_of(store: Store, key: str) -> Iterator[tuple[str, object]]:
-    theirs = store.read(f"{OTHER}/{key}").data
-    yield from DAMAGES.items()
-    # Both rejected images have the same names.
-    if key != "rejects.jsonl":
-        yield "another dataset's", lambda data: theirs
-
-
 def images_in(dataset: Store, key: str, data: bytes) -> list[bytes]:
     """The images of a tar with this content; of any other object all of it."""
     if not key.endswith(".tar"):
@@ -89,14 +81,35 @@ def images_in(dataset: Store, key: str, data: bytes) -> list[bytes]:
     return [data[at : at + size] for at, size, *_ in table.tolist()]
 
 
-def test_verifying_names_damaged_objects(bucket, store, dataset):
+def test_damaged_objects_are_named_and_not_read(bucket, store, dataset, pixels, tmp_path):
+    """Of a shard, damage to an image; between images it leaves them as they are, and verifying names it."""
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "pets", "--bucket", bucket))
-    found: dict[tuple[str, ...], list[str]] = {}
+    far, blames, wrong, harmless = FarStore(bucket), {}, {}, set()
     for key in KEYS:
-        for name, damage in damages_of(store, key):
+        before, theirs = dataset.read(key).data, store.read(f"{OTHER}/{key}").data
+        # Both rejected images have the same names.
+        others = {"another dataset's": lambda data, theirs=theirs: theirs} if key != "rejects.jsonl" else {}
+        for name, damage in (DAMAGES | others).items():
+            is_read = key != "rejects.jsonl"
+            if damage and images_in(dataset, key, damage(before)) == images_in(dataset, key, before):
+                is_read = False
+                harmless.add(name)
             with damaged(dataset, key, damage):
-                found[name, key] = blamed(store) if (name, key) != ("gone", "index.json") else [key]
-    assert found == {(name, key): [key] for name, key in found} and len(found) == 9 * 8 - 1
+                blames[name, key] = blamed(store) if (name, key) != ("gone", "index.json") else [key]
+                for where, kind in product((store, far), ("decoded", "shards")):
+                    expected = where.uri_of(f"{KEY}/{key}") if damage or where is store else key
+                    if (key, damage) == ("index.json", None):
+                        expected = f"no dataset at {where.uri}/{KEY}"
+                    try:
+                        np.testing.assert_array_equal(read(where, tmp_path / "cache", kind), pixels)
+                        said = ""
+                    except (BadDataError, MissingInputError) as error:
+                        said = str(error)
+                    if bool(said) != is_read or (said and expected not in said):
+                        wrong[name, key, kind] = said
+                    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert (wrong, harmless) == ({}, {"first bit", "last byte", "all but a byte", "a byte more"})
+    assert blames == {(name, key): [key] for name, key in blames} and len(blames) == 9 * 8 - 1
     for one, other in pairs(KEYS):
         with swapped(dataset, one, other):
             assert blamed(store) == [one, other]
@@ -111,54 +124,27 @@ def test_verifying_names_damaged_objects(bucket, store, dataset):
         verify_dataset(store, "datasets/none-16")
 
 
-@pytest.mark.parametrize("kind", ["decoded", "shards"])
-def test_reader_names_damaged_objects(store, dataset, pixels, bucket, tmp_path, kind):
-    """Of a shard, damage to an image; between images it leaves them as they are, and verifying names it."""
-    far, wrong, harmless = FarStore(bucket), {}, set()
-    for key in KEYS:
-        before = dataset.read(key).data
-        for name, damage in damages_of(store, key):
-            is_read = key != "rejects.jsonl"
-            if damage and images_in(dataset, key, damage(before)) == images_in(dataset, key, before):
-                is_read = False
-                harmless.add(name)
-            with damaged(dataset, key, damage):
-                for where in (store, far):
-                    expected = where.uri_of(f"{KEY}/{key}") if damage or where is store else key
-                    if (key, damage) == ("index.json", None):
-                        expected = f"no dataset at {where.uri}/{KEY}"
-                    try:
-                        np.testing.assert_array_equal(read(where, tmp_path / "cache", kind), pixels)
-                        said = ""
-                    except (BadDataError, MissingInputError) as error:
-                        said = str(error)
-                    if bool(said) != is_read or (said and expected not in said):
-                        wrong[name, key] = said
-                    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    assert (wrong, harmless) == ({}, {"first bit", "last byte", "all but a byte", "a byte more"})
-
-
 def test_damaged_image_is_named(bucket, store, dataset, tmp_path):
-    index = load_index(store, KEY)
-    row, shard = 3, index.shards[1]
+    index, row = load_index(store, KEY), 3
+    first, shard, _ = index.shards
     with closing(ImageCache(store, index, tmp_path / "records")) as cache:
-        offset, size_bytes, _, _ = cache.records([index.shards[0].images + row])[0].tolist()
+        offset, size_bytes, _, _ = cache.records([first.images + row])[0].tolist()
     named = f"{dataset.uri_of(shard.name)}, image {row} (at byte {offset}): it differs from the index"
     intact = f"{dataset.uri_of(shard.name)} differs from the index, but all its images are intact"
+    verify = ("data", "verify", "pets", "--bucket", bucket)
     train = ("train", "--dataset", "pets", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="8"))
 
     def changed(at: int):
         return lambda data: data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
 
-    for damage, said in (
-        (changed(offset + size_bytes // 2), named),
-        (changed(100), intact),
-        (lambda data: data[: offset + 1], named),
+    for words, damage, said in (
+        (verify, changed(offset + size_bytes // 2), named),
+        (train, changed(offset + size_bytes // 2), named),
+        (verify, changed(100), intact),
+        (verify, lambda data: data[: offset + 1], named),
     ):
         with damaged(dataset, shard.name, damage):
-            assert said in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
-    with damaged(dataset, shard.name, changed(offset + size_bytes // 2)):
-        assert named in refused(ddpm_here(*train, DDPM_CACHE=str(tmp_path / "cache")), Exit.BAD_DATA)
+            assert said in refused(ddpm_here(*words, DDPM_CACHE=str(tmp_path / "cache")), Exit.BAD_DATA)
 
 
 @pytest.mark.parametrize(

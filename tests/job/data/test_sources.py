@@ -7,6 +7,8 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from job.data.source.survey import Survey, survey
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.stop import in_order
 from tests.job.packing import entries_of, images_of, names_of
-from tests.job.some_images import folder_of, jpeg, mnist, png, tar_of, zip_of
+from tests.job.some_images import folder_of, jpeg, mnist, tar_of, zip_of
 
 # As `unzip -l` shows the archives that people download, shortened.
 CELEBA = ["img_align_celeba/"] + [f"img_align_celeba/{n:06d}.jpg" for n in range(1, 7)]
@@ -35,20 +37,15 @@ def surveyed(names, classes: bool | None = None) -> Survey:
 
 
 def test_archives_as_downloaded(tmp_path):
-    def names_in_zip(names: list[str]) -> list[str]:
-        files = [(name, b"x" if name[-1] != "/" else b"") for name in names]
-        return list(names_of(open_source(str(zip_of(tmp_path / "a.zip", files)))))
-
-    assert names_in_zip(CELEBA) == CELEBA[1:]
-    assert surveyed(CELEBA[1:]).classes == ()
-    for folder in ("", "landscape_img_folder/", "landscape_img_folder/train/", "archive/Landscape Images/"):
-        names = names_in_zip([folder + name for name in LANDSCAPE] + LITTER)
-        assert names == [folder + name for name in LANDSCAPE]
-        assert (surveyed(names).classes, surveyed(names).images) == ((), 5)
     suffixes = ["avif", "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jpe", "jfif", "JPG"]
     good = [f"a/1.{suffix}" for suffix in suffixes]
     bad = ["a/.1.jpg", ".a/1.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", "a/1.txt", "a/jpg", "a/1.jpg.part", "a/1.jpg/"]
-    assert names_in_zip(good + bad) == good
+    folders = ("", "landscape_img_folder/", "landscape_img_folder/train/", "archive/Landscape Images/")
+    landscapes = [[folder + name for name in LANDSCAPE] for folder in folders]
+    for names, others in [(CELEBA[1:], CELEBA[:1]), (good, bad), *((names, LITTER) for names in landscapes)]:
+        files = [(name, b"" if name.endswith("/") else b"x") for name in [*others[:1], *names, *others[1:]]]
+        assert list(names_of(open_source(str(zip_of(tmp_path / "a.zip", files))))) == names
+        assert (surveyed(names).classes, surveyed(names).images) == ((), len(names))
 
 
 def test_entries_keep_order_under_printable_names(tmp_path):
@@ -64,51 +61,51 @@ def test_entries_keep_order_under_printable_names(tmp_path):
         with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as archive:
             archive.addfile(tarfile.TarInfo(long))
         assert images_of(tmp_path / "a.tar") == [(long[2:], b"")]
-    for make, name, shown in [
-        (zip_of, "cats\\1.jpg", "cats/1.jpg"),
-        (zip_of, "a..b/1..2.jpg", "a..b/1..2.jpg"),
-        (tar_of, "gr\udcfcn/1.jpg", "gr%FCn/1.jpg"),
+    mnist_file = ("train-images-idx3-ubyte", b"")
+    for make, place, name, shown, more in [
+        (zip_of, "a", "cats\\1.jpg", "cats/1.jpg", []),
+        (zip_of, "a", "a..b/1..2.jpg", "a..b/1..2.jpg", []),
+        (tar_of, "a", "gr\udcfcn/1.jpg", "gr%FCn/1.jpg", []),
         # A terminal would obey them, and a list of rejects with lines would have more of these than rejects.
-        (tar_of, "a\x1b[2J\n\x7f\u2028/1.jpg", "a%1B[2J%0A%7F%E2%80%A8/1.jpg"),
+        (tar_of, "a", "a\x1b[2J\n\x7f\u2028/1.jpg", "a%1B[2J%0A%7F%E2%80%A8/1.jpg", []),
+        # Content decides what an archive is.
+        (tar_of, "cifar-10-pngs.tar", "cats/0.png", "cats/0.png", []),
+        (zip_of, "mixed.zip", "cats/0.png", "cats/0.png", [mnist_file]),
     ]:
-        assert images_of(make(tmp_path / "named", [(name, b"1")])) == [(shown, b"1")]
-    # Content decides what an archive is.
-    image = ("cats/0.png", png(0))
-    assert images_of(tar_of(tmp_path / "cifar-10-pngs.tar", [image])) == [image]
-    assert images_of(zip_of(tmp_path / "mixed.zip", [image, ("train-images-idx3-ubyte", b"")])) == [image]
+        assert images_of(make(tmp_path / place, [(name, b"1"), *more])) == [(shown, b"1")]
 
 
 @pytest.mark.parametrize("gz", [False, True])
 def test_mnist_files_become_grey_images(tmp_path, digits, gz):
     images, labels = digits
-    names, folder = [str(label) for label in labels], tmp_path / "mnist"
-    mnist(folder, "train", images, labels, gz)
-    mnist(folder, "t10k", images[:3], labels[:3], gz)
+    names, folder, raw = [str(label) for label in labels], tmp_path / "mnist", tmp_path / "data/training/raw"
+
+    def labels_in(place: Path, split: str | None) -> list[str]:
+        return [one.label for one in replace(open_source(str(place)), split=split).images(labelled=True)]
+
+    # torchvision downloads into MNIST/raw; Kaggle's zip has copies in folders.
+    raw.mkdir(parents=True)
+    for place, tests in ((folder, 3), (raw, 12)):
+        mnist(place, "train", images, labels, gz)
+        mnist(place, "t10k", images[:tests], labels[:tests], gz)
     source = open_source(str(folder))
-    assert are_grey(content for _, content in entries_of(source))
-    assert (source.note, source.other_splits) == ("", ("test",))
     entries = list(entries_of(source))
+    assert are_grey(content for _, content in entries)
+    assert (source.note, source.other_splits, labels_in(folder, "train")) == ("", ("test",), names)
     assert [name for name, _ in entries] == [f"train/{n:02d}.pgm" for n in range(len(labels))]
     assert list(names_of(replace(source, split="test"))) == [f"test/{n}.pgm" for n in range(3)]
-    assert [one.label for one in source.images(labelled=True)] == names
     recipe = Recipe(ImageSize(28, 28), "center", "lanczos", 1, 14)
     np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next(folder.glob("t10k-images*"))
     source = open_source(str(chosen))
-    assert (source.note, source.name, len(list(entries_of(source)))) == ("", chosen.name, 3)
-    # torchvision downloads into MNIST/raw; Kaggle's zip has copies in folders.
-    (tmp_path / "data/training/raw").mkdir(parents=True)
-    for split in ("train", "t10k"):
-        mnist(tmp_path / "data/training/raw", split, images, labels, gz)
-    for split, count in (("", 24), ("train", 12), ("test", 12)):
-        nested = replace(open_source(str(tmp_path / "data")), split=split)
-        assert [one.label for one in nested.images(labelled=True)] == names * (count // 12)
-    mnist(tmp_path / "data/training", "train", images[:5], labels[:5], gz)
-    assert len(list(entries_of(open_source(str(tmp_path / "data"))))) == 5
+    assert (source.note, source.name, len(images_of(chosen))) == ("", chosen.name, 3)
+    for split, times in (("", 2), ("train", 1), ("test", 1)):
+        assert labels_in(tmp_path / "data", split) == names * times
+    mnist(raw.parent, "train", images[:5], labels[:5], gz)
+    assert len(images_of(tmp_path / "data")) == 5
     mnist(folder, "emnist-letters-train", images, labels, gz)
-    emnist = "emnist-letters-train-images-idx3-ubyte"
     assert open_source(str(folder)).note == "leaving out t10k-images-idx3-ubyte, train-images-idx3-ubyte"
-    assert len(list(entries_of(open_source(f"{folder}/{emnist}{'.gz' if gz else ''}")))) == 12
+    assert len(images_of(next(folder.glob("emnist*images*")))) == 12
     for path in {*folder.glob("emnist*"), *folder.glob("*labels*")}:
         path.unlink()
     assert next(names_of(open_source(str(folder), column=None))) == "train/00.pgm"
@@ -146,12 +143,8 @@ CLASSES = [
     ("cats/1 dogs/1 preview", (), BESIDE),
     ("cats/1 cats/young/2", (), BESIDE),
 ]
-ASKED_FOR = [
-    ("2023/1 2024/2", ("2023", "2024")),
-    ("train/1 test/2", ("test", "train")),
-    ("n02.tar/1 n01.tar/2", ("n01", "n02")),
-    ("train/0/1 test/1/2", ("0", "1")),
-]
+ASKED_FOR = [("2023/1 2024/2", ("2023", "2024")), ("train/1 test/2", ("test", "train"))]
+ASKED_FOR += [("n02.tar/1 n01.tar/2", ("n01", "n02")), ("train/0/1 test/1/2", ("0", "1"))]
 
 
 def test_classes_are_the_first_differing_folders():
@@ -194,30 +187,27 @@ def test_skipped_files_are_counted_by_kind(tmp_path, make, name):
 
 
 def test_folder_order_is_that_of_paths(tmp_path):
+    """Links to files inside are files."""
     names = ["a-b/1.jpg", "a/2.jpg", "a/b/0.jpg", "a/b.jpg", "a0.jpg", "a.jpg", "Z.jpg", "é/1.jpg", "a b.jpg"]
     folder = folder_of(tmp_path / "in", [(name, name.encode()) for name in reversed(names)])
+    (folder / "a/link.jpg").symlink_to("b/0.jpg")
+    (folder / "notes.txt").symlink_to("/etc/passwd")
+    expected = sorted([*((name, name.encode()) for name in names), ("a/link.jpg", b"a/b/0.jpg")])
     for path in (folder, f"file://{folder}", os.path.relpath(folder)):
-        assert images_of(path) == [(name, name.encode()) for name in sorted(names)]
+        assert images_of(path) == expected
     entries = entries_of(open_source(str(folder)))
     assert next(entries)[0] == "Z.jpg"
     (folder / "a b.jpg").unlink()
     with pytest.raises(MissingInputError, match=r"entry 'a b.jpg' is not there"):
         next(entries)
-    # Links to files inside are files.
-    folder = folder_of(tmp_path / "linked", [("1.jpg", b"1"), ("sub/2.jpg", b"2")])
-    (folder / "3.jpg").symlink_to("sub/2.jpg")
-    (folder / "notes.txt").symlink_to("/etc/passwd")
-    assert images_of(folder) == [("1.jpg", b"1"), ("3.jpg", b"2"), ("sub/2.jpg", b"2")]
 
 
 def test_work_ahead_is_limited_and_ordered():
-    taken, yielded, ahead = 0, 0, []
+    taken, yielded, ahead = count(1), 0, []
 
     def items():
-        nonlocal taken
         for item in range(200):
-            taken += 1
-            ahead.append(taken - yielded)
+            ahead.append(next(taken) - yielded)
             yield item
 
     def work(item: int) -> int:
@@ -231,36 +221,24 @@ def test_work_ahead_is_limited_and_ordered():
     assert (yielded, max(ahead)) == (200, 10)
 
 
-def test_nothing_is_begun_after_a_failure():
-    """Each item would wait for the same outage once more."""
-    begun: list[int] = []
-
-    def work(item: int) -> None:
-        begun.append(item)
-        time.sleep(0.05)
-        raise BadDataError(f"item {item}")
-
-    with ThreadPoolExecutor(2) as pool, pytest.raises(BadDataError, match="item 0"):
-        list(in_order(pool, work, range(6), window=6))
-    assert sorted(begun) == [0, 1]
-
-
-def test_later_failure_cancels_no_earlier_item():
-    """Its thread may be slow to begin, and its result comes first."""
-    failed = threading.Event()
+def test_a_failure_ends_later_work_alone():
+    """Later items would wait for the same outage once more. An earlier one, slow to begin, has its result first."""
+    begun, failed = list[int](), threading.Event()
 
     class SlowToBegin(ThreadPoolExecutor):
         def submit(self, work, *args):
             return super().submit(lambda: ((args[-1] == 0 and failed.wait(5) and time.sleep(0.05)), work(*args))[1])
 
     def work(item: int) -> int:
+        begun.append(item)
         if item:
             failed.set()
             raise BadDataError(f"item {item}")
         return item
 
     with SlowToBegin(2) as pool:
-        results = in_order(pool, work, range(2), window=2)
+        results = in_order(pool, work, range(6), window=6)
         assert next(results) == 0
         with pytest.raises(BadDataError, match="item 1"):
             next(results)
+    assert begun == [1, 0]

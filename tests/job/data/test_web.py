@@ -1,12 +1,16 @@
-"""Sources that fsspec reads, by real servers and clients: buckets, the web, the hub and SSH give what was put there."""
+"""Sources that fsspec reads, by real servers and clients: buckets, the web, the hub and SSH give what was put there.
+
+A web server that answers badly, over real HTTP on loopback, is a table of answers × places.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +19,6 @@ import asyncssh
 import numpy as np
 import pytest
 from fsspec.config import conf, set_conf_env
-from PIL import Image
 
 from job.data.checks import verify_dataset
 from job.data.shards import load_index
@@ -26,9 +29,9 @@ from job.store import Retry, open_store, open_to_read
 from job.store.sources import About, SourceStore
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.data.test_web_answers import cut_once
+from tests.job.data.file_server import Files
 from tests.job.packing import entries_of, images_of, names_of
-from tests.job.some_images import files_in, folder_of, idx, mnist, png, tar_of, zip_of
+from tests.job.some_images import files_in, folder_of, idx, jpeg, mnist, png, tar_of, zip_of
 from tests.job.store.test_store import put_by_others
 
 IMAGES = {f"{kind}/{number}.png": png(10 * len(kind) + number) for kind in ("cat", "horse") for number in range(3)}
@@ -85,23 +88,32 @@ def test_bucket_sources_equal_local_ones(bucket_uri: str, zipped: bytes, tmp_pat
         read(f"{bucket_uri}/theirs/images")
 
 
-def test_archives_on_the_web(server, zipped: bytes, tmp_path: Path, monkeypatch) -> None:
+def test_archives_on_the_web_and_the_hub(server, zipped: bytes, tmp_path: Path, monkeypatch) -> None:
     """A signature is in no record, and no fetched archive stays."""
     handler, url = server
-    handler.content = {"/all.zip": zipped, "/all.tar": tar_of(tmp_path / "a.tar", sorted(IMAGES.items())).read_bytes()}
-    signed, bucket = f"{url}/all.zip?se=2026-01-01T00:00:00Z&sig={WORD}", tmp_path / "bucket"
-    assert read(f"zip://::{signed}") == IMAGES
-    assert read(f"tar://::{url}/all.tar") == read(f"{url}/all.tar") == IMAGES
+    monkeypatch.setitem(conf, "hf", {"endpoint": url})
+    handler.content = {f"/images/{name}": data for name, data in IMAGES.items()} | {"/all.zip": zipped}
+    handler.content |= {"/all.tar": tar_of(tmp_path / "a.tar", sorted(IMAGES.items())).read_bytes()}
+    signed, hub = f"{url}/all.zip?se=2026-01-01T00:00:00Z&sig={WORD}", "hf://datasets/org/name"
+    for source in (f"zip://::{signed}", f"tar://::{url}/all.tar", f"{url}/all.tar"):
+        assert read(source) == IMAGES
     assert read(f"tar://cat/*.png::{url}/all.tar") == BELOW
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "own"))
-    for name, source in {"a": signed, "b": f"zip://cat/*::{signed}", "c": f"zip://::zip://cat::{signed}"}.items():
-        done = ddpm_here("data", "pack", source, name, "--size", 16, "--bucket", bucket)
-        assert WORD not in succeeded(done) + done.stderr
-    done = ddpm_here("data", "pack", f"zip://dog::{signed}", "dogs", "--size", 16, "--bucket", bucket)
-    assert WORD not in refused(done, Exit.BAD_DATA)
-    done = ddpm_here("import", signed, "--run", "r", "--bucket", bucket)
-    assert WORD not in refused(done, Exit.BAD_DATA)
-    assert not [name for name, data in files_in(bucket).items() if WORD.encode() in data]
+    both, at = "classes  cat, horse", ("--size", 16, "--bucket", tmp_path / "bucket")
+    for name, source, code, said in (
+        ("a", signed, Exit.FINISHED, both),
+        ("b", f"zip://cat/*::{signed}", Exit.FINISHED, "images   3 colour"),
+        ("c", f"zip://::zip://cat::{signed}", Exit.FINISHED, "images   3 colour"),
+        ("d", f"zip://dog::{signed}", Exit.BAD_DATA, "no file is in 'dog'"),
+        ("folder", f"{hub}/images", Exit.FINISHED, both),
+        ("archive", f"{hub}/all.zip", Exit.FINISHED, "made     from all.zip"),
+        ("none", f"{hub}/none", Exit.MISSING_INPUT, f"there is nothing at {hub}/none"),
+    ):
+        done = ddpm_here("data", "pack", source, name, *at)
+        assert said in (refused(done, code) if code else succeeded(done))
+        assert WORD not in done.stdout + done.stderr
+    assert WORD not in refused(ddpm_here("import", signed, "--run", "r", *at[2:]), Exit.BAD_DATA)
+    assert not [name for name, data in files_in(tmp_path / "bucket").items() if WORD.encode() in data]
     assert [*(tmp_path / "own/sources").iterdir()] == []
 
 
@@ -217,6 +229,35 @@ def test_date_replaces_a_missing_etag(server) -> None:
             file.read()
 
 
+PATIENCE_SECONDS = 1.2
+SILENCE_SECONDS = 3.0
+"""Longer than the patience, so that a busy machine does not look like a silent server."""
+MOST_REQUESTS = 100
+"""Of a command: a try has two (HEAD, GET), and ten for each that is redirected for ever."""
+
+
+def silent(handler: Files) -> None:
+    handler.send_part(1000)
+    time.sleep(SILENCE_SECONDS + 1)
+
+
+def slow(handler: Files) -> None:
+    handler.send_part(0)
+    step = len(handler.whole) // 6 + 1
+    for start in range(0, len(handler.whole), step):
+        handler.wfile.write(handler.whole[start : start + step])
+        time.sleep(PATIENCE_SECONDS / 2)
+
+
+def cut_once(handler: Files) -> None:
+    gets = sum(command == "GET" for command, _ in handler.asked)
+    handler.send_part(len(handler.whole) * (2 if gets == 1 else 3) // 3)
+
+
+def redirect(target: str) -> Callable[[Files], object]:
+    return lambda handler: handler.send(b"", {"Location": target, "Content-Length": "0"}, 302)
+
+
 def archive(images: int) -> bytes:
     files = [(f"{'cats' if number % 2 else 'dogs'}/{number:03d}.png", png(number)) for number in range(images)]
     files += [("notes.txt", np.random.default_rng(0).bytes(6_000_000))]
@@ -286,19 +327,6 @@ def test_short_and_stalled_bodies(server):
     assert time.monotonic() - began < 4
 
 
-def test_hub_datasets_are_packed(server, tmp_path, monkeypatch):
-    handler, url = server
-    monkeypatch.setitem(conf, "hf", {"endpoint": url})
-    handler.content = {f"/images/{name}": data for name, data in IMAGES.items()} | {"/all.zip": archive(4)}
-    at, place = ("--size", 8, "--bucket", tmp_path / "b"), "hf://datasets/org/name"
-    said = succeeded(ddpm_here("data", "pack", f"{place}/images", "folder", *at))
-    assert "images   6 colour" in said and "classes  cat, horse" in said
-    said = succeeded(ddpm_here("data", "pack", f"{place}/all.zip", "archive", *at))
-    assert "images   4 colour" in said and "made     from all.zip" in said
-    line = refused(ddpm_here("data", "pack", f"{place}/none", "none", *at), Exit.MISSING_INPUT)
-    assert f"there is nothing at {place}/none" in line
-
-
 def test_unreadable_web_sources_are_one_line(server, tmp_path, monkeypatch):
     (_, url), at = server, ("name", "--size", 8, "--bucket", tmp_path / "b")
     for source, said, *codes in (
@@ -343,40 +371,110 @@ def test_unreadable_web_sources_are_one_line(server, tmp_path, monkeypatch):
         open_source("https://example.com/a.zip")
 
 
-def test_archives_of_datasets_are_packed(tmp_path, digits, caplog):
-    """CIFAR-10 as it is downloaded, with twelve images a batch, and as a chain; and MNIST in a zip."""
-    noise, names = np.random.default_rng(0), b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
+def test_splits_of_archives_can_be_chosen_by_a_chain(tmp_path, digits):
+    """CIFAR-10 with twelve images a batch, and MNIST in a zip."""
+    noise = np.random.default_rng(0)
     files = [
         (f"cifar-10-batches-bin/{name}.bin", b"".join(bytes([n % 10]) + noise.bytes(3072) for n in range(12)))
         for name in ("data_batch_1", "data_batch_2", "test_batch")
     ]
-    path = tar_of(tmp_path / "cifar-10-binary.tar.gz", [*files, ("cifar-10-batches-bin/batches.meta.txt", names)])
-    at = ("--bucket", tmp_path / "b")
-    said = succeeded(ddpm_here("data", "pack", path, "cifar10", *at))
-    assert "images   24 colour, 32×32" in said and "classes  airplane, automobile, bird, cat" in said
-    assert "packing its split train; --split test would pack another" in caplog.text
-    said = succeeded(ddpm_here("data", "pack", path, "test", "--split", "test", "--size", 32, *at))
-    assert "images   12 colour" in said
+    path = tar_of(tmp_path / "cifar-10-binary.tar.gz", files)
     alone, chain = open_source(str(path)), open_source(f"tar://::{path}")
     whole = dict(entries_of(replace(alone, split="")))
-    # Channel by channel, as their page has it.
-    first = np.asarray(Image.open(BytesIO(whole["train/data_batch_1-00000.ppm"])))
-    assert first[..., 0].tobytes() == np.random.default_rng(0).bytes(3072)[:1024]
     assert dict(entries_of(chain)) == dict(entries_of(alone))
-    for split in ("train", "test"):
+    for split, count in (("train", 24), ("test", 12)):
         part = {name.removeprefix(f"{split}/"): data for name, data in whole.items() if name.startswith(f"{split}/")}
-        assert dict(entries_of(open_source(f"tar://{split}::{path}"))) == part
+        assert len(part) == count and read(f"tar://{split}::{path}") == part
         assert {*names_of(replace(chain, split=split))} == {f"{split}/{name}" for name in part}
-
     images, labels = map(idx, digits)
     files = [("fashion-mnist_train.csv", b"label,pixel1\n")]
     for split in ("t10k", "train"):
         files += [(f"{split}-images-idx3-ubyte", images), (f"{split}-labels-idx1-ubyte", labels)]
-    said = succeeded(ddpm_here("data", "pack", zip_of(tmp_path / "archive.zip", files), "fashion-mnist", *at))
+    words = ("fashion-mnist", "--bucket", tmp_path / "b")
+    said = succeeded(ddpm_here("data", "pack", zip_of(tmp_path / "archive.zip", files), *words))
     assert "images   12 grey, 28×28" in said and "classes  0, 1, 2" in said
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("train-images-idx3-ubyte", idx(np.zeros((30_000, 28, 28))))
-    line = refused(
-        ddpm_here("data", "pack", tmp_path / "bomb.zip", "a", "--size", 8, "--no-classes", *at), Exit.BAD_DATA
-    )
+    line = refused(ddpm_here("data", "pack", tmp_path / "bomb.zip", "a", "--size", 8, "--no-classes", *words[1:]), 65)
     assert "unpacks to more than 200 times its size: do not trust this archive" in line
+
+
+def error(code: int) -> Callable[[Files], object]:
+    return lambda handler: handler.send_error(code)
+
+
+AWAY, BAD, FINE, REQUEST, MISSING = (Exit(code) for code in (69, 65, 0, 64, 66))
+DENIED = Exit.NO_PERMISSION
+ANSWERS: dict[str, tuple[Callable[[Files], object], Exit | None, Exit | None, Exit | None]] = {
+    # An answer, and the exit code if HEAD, GET or every request gets it. Without one to HEAD the GET tells the size.
+    "whole, too short": (lambda handler: handler.send_whole(handler.whole[:-1]), BAD, BAD, None),
+    "whole, too long": (lambda handler: handler.send_whole(handler.whole + b"x"), BAD, BAD, None),
+    "whole, empty": (lambda handler: handler.send_whole(b""), BAD, AWAY, BAD),
+    "another file": (lambda handler: handler.send_whole(b"x" * len(handler.whole)), None, BAD, BAD),
+    "cut at two thirds": (lambda handler: handler.send_part(len(handler.whole) * 2 // 3), None, AWAY, None),
+    "cut at two thirds, once": (cut_once, None, FINE, None),
+    "1,000 bytes, then silence": (silent, None, AWAY, None),
+    "whole, slower than the patience": (slow, None, FINE, None),
+    "junk": (lambda handler: handler.wfile.write(b"\x00junk\r\n\r\n" * 50), FINE, AWAY, AWAY),
+    "nothing": (lambda handler: None, FINE, AWAY, AWAY),
+    "redirect to a file": (redirect("file:///etc/hostname"), FINE, REQUEST, REQUEST),
+    "redirect to http": (redirect("http://example.invalid/all.zip"), None, REQUEST, REQUEST),
+    "redirect to itself": (redirect("/all.zip"), None, REQUEST, REQUEST),
+    "redirect to no URL": (redirect("http://[bad"), None, REQUEST, REQUEST),
+    "redirect to no port": (redirect("https://host:99999999/all.zip"), None, REQUEST, REQUEST),
+    **{str(code): (error(code), None, DENIED, DENIED) for code in (401, 403)},
+    **{str(code): (error(code), FINE if code == 404 else None, MISSING, MISSING) for code in (404, 410)},
+    **{str(code): (error(code), FINE if code == 500 else None, AWAY, AWAY) for code in (429, 500, 503)},
+    "416": (error(416), None, BAD, None),
+}
+
+
+@pytest.mark.parametrize("place", ["HEAD", pytest.param("GET", marks=pytest.mark.slow), "every request"])
+def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
+    monkeypatch.setattr("job.store.Retry.silence_seconds", SILENCE_SECONDS)
+    handler, url = server
+    # The client drops up to 128 KiB before a cut.
+    files = [("notes.txt", np.random.default_rng(0).bytes(3_000_000)), *((f"{n}.jpg", jpeg(n)) for n in range(12))]
+    handler.place, handler.etag = place, ""
+    handler.content = {"/all.zip": zip_of(tmp_path / "all.zip", files).read_bytes()}
+    for number, (answer, (bad, *codes)) in enumerate(ANSWERS.items()):
+        if (code := codes[("HEAD", "GET", "every request").index(place)]) is None:
+            continue
+        handler.bad = bad
+        handler.asked.clear()
+        cache, bucket, began = tmp_path / f"cache{number}", tmp_path / f"bucket{number}", time.monotonic()
+        words = ("data", "pack", f"{url}/all.zip", "all", "--size", 8, "--bucket", bucket)
+        # Patience only helps where a later answer is good.
+        patience_seconds = PATIENCE_SECONDS / 4 if code == AWAY else PATIENCE_SECONDS
+        done = ddpm_here(*words, DDPM_CACHE=str(cache), DDPM_AWAY_SECONDS=str(patience_seconds))
+        assert done.returncode == code, answer
+        assert time.monotonic() - began < 50 * PATIENCE_SECONDS, answer
+        assert len(handler.asked) <= MOST_REQUESTS, (answer, len(handler.asked))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ddpm: ")]
+        assert len(errors) == bool(code) and "Traceback" not in done.stderr, (answer, done.stderr)
+        assert not files_in(cache) and not (code and files_in(bucket)), answer
+
+
+NO_HOST = dict.fromkeys(("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"), "http://no-such.invalid")
+NO_HOST |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "a")
+
+
+def test_unknown_host_is_given_up_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.5)
+    # The clients' own errors have to lead to that of the resolver.
+    cases = [("landscape-sample", f"{kind}://bucket/folder", socket.EAI_NONAME) for kind in ("s3", "gs")]
+    for source in ("https://no-such.invalid/all.zip", "hf://datasets/some/one", "sftp://no-such/all"):
+        cases += [(source, "", code) for code in (socket.EAI_NONAME, socket.EAI_AGAIN)]
+    for source, bucket, code in cases:
+
+        def unknown(*_: object, code: int = code, **__: object) -> None:
+            raise socket.gaierror(code, "Name or service not known")
+
+        monkeypatch.setattr("socket.getaddrinfo", unknown)
+        words, began = ("data", "pack", source, "all", "--size", 8), time.monotonic()
+        variables = {"DDPM_AWAY_SECONDS": "100", **(NO_HOST if bucket else {})}
+        done = ddpm_here(*words, "--bucket", bucket or tmp_path / "b", **variables)
+        line = refused(done, Exit.BUCKET_AWAY)
+        said = "Name or service not known" if bucket else f"ddpm: {source}: the name of its host is not known ("
+        assert said in line and "trying again for up to 0.5 s" in done.stderr
+        assert time.monotonic() - began < 30
