@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ BUSY_LOAD = 0.5
 """The largest load before a measurement: other processes would distort the numbers."""
 Measured = TypeVar("Measured")
 Lines = dict[str, tuple[Sequence[float], Sequence[float], str]]
-"""By name x, y and the style of matplotlib; a name that begins with _ is not in the legend."""
+"""By name x, y and the style of matplotlib, empty for a line with a marker; names that begin with _ have no legend."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def lines_png(lines: Lines, ticks: Sequence[float], xlabel: str, ylabel: str, ys
 
     figure = figures.Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for name, (x, y, style) in lines.items():
-        axes.plot(x, y, style, label=name)
+    for (name, (x, y, style)), marker in zip(lines.items(), cycle("ov^s<>D*P"), strict=False):
+        axes.plot(x, y, style or f"{marker}-", label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale=yscale)
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.set_xticks([], minor=True)

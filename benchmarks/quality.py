@@ -83,7 +83,7 @@ def main(words: list[str] | None = None) -> None:
         if by_way:
             samplers = dict.fromkeys(way.rpartition(" ")[0] for way in by_way)
             lines: Lines = {
-                one: (EVALUATIONS, [1000 * by_way[f"{one} {n}"] for n in EVALUATIONS], "o-") for one in samplers
+                one: (EVALUATIONS, [1000 * by_way[f"{one} {n}"] for n in EVALUATIONS], "") for one in samplers
             }
             png = lines_png(lines, EVALUATIONS, "evaluations of the network for each image", "KID × 1000")
             (asked.output / "samplers.png").write_bytes(png)

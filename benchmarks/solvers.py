@@ -298,7 +298,7 @@ def main() -> None:
         asked.output.mkdir(parents=True, exist_ok=True)
         (asked.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
         lines: Lines = {
-            f"{name}: order {orders(errors)[-1]:.2f}": (STEPS, errors, "o-") for name, errors in by_steps["any"].items()
+            f"{name}: order {orders(errors)[-1]:.2f}": (STEPS, errors, "") for name, errors in by_steps["any"].items()
         }
         png = lines_png(lines, STEPS, "steps", "root mean square error on a mixture of Gaussians")
         (asked.output / "orders.png").write_bytes(png)
