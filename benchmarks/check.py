@@ -54,7 +54,7 @@ def loader_ratio(folder: Path) -> Took:
     """Times an epoch of our warm stream and one of webdataset."""
     bucket, cache = str(folder / "bucket"), folder / "cache"
     pack_noise(bucket, folder / "images", IMAGES, loading.SIZE)
-    readers = loading.readers(bucket, cache, chunks="")
+    readers = loading.readers(bucket, cache)
 
     def in_this_process() -> DataLoader[Any]:
         return DataLoader(readers["webdataset"]().dataset, peers.BATCH_SIZE_IMAGES)  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,13 +28,12 @@ SAMPLE_AT_LEAST = {"sample_ratio": (torch.float32, 1.8), "sample_best_ratio": (t
 EXACT_AT_MOST = 1.1
 
 
-def training_step(quick: bool) -> list[Figure]:
+def training_step(folder: Path, quick: bool) -> list[Figure]:
     """Times our step and that of diffusers' example at its defaults in turn, on the same U-Net with EMA."""
     precision = compute.best_precision()
-    with TemporaryDirectory(prefix="ddpm-bench-") as name:
-        ours, peer = both_loops(Path(name), precision, quick)
-        took = in_turn("training steps", timed(peer=peer.step, ours=ours.step), 2 if quick else 5)
-        ours.close()
+    ours, peer = both_loops(folder, precision, quick)
+    took = in_turn("training steps", timed(peer=peer.step, ours=ours.step), 2 if quick else 5)
+    ours.close()
     batch_size, parameters = ours.session.batch_size, sum(p.numel() for p in ours.session.state.model.parameters())
     return [
         faster(
@@ -56,7 +54,7 @@ def both_loops(folder: Path, precision: str, quick: bool) -> tuple[OurLoop, Diff
     return ours, DiffusersLoop(ours.session.config, ours.session.state.model)
 
 
-def sampling(quick: bool) -> list[Figure]:
+def sampling(folder: Path, quick: bool) -> list[Figure]:
     """Samples batches in turn from networks that stay warm: the peer at its defaults, and under autocast."""
     steps, batch_size = (2, 2) if quick else (10, 32)
     precision, sets = compute.best_precision(), TINY if quick else HALF_WIDTH
@@ -95,22 +93,18 @@ def samples_in_turn(
     return in_turn("drawing images", timed(clock, **draw), turns)
 
 
-def exact(quick: bool) -> list[Figure]:
+def exact(folder: Path, quick: bool) -> list[Figure]:
     """Times steps by slots against PyTorch's threads and DDP in turn, and compares kernels on one and two threads."""
     figures = list[Figure]()
-    with TemporaryDirectory(prefix="ddpm-bench-") as name:
-        folder = Path(name)
-        pack_noise(str(folder / "bucket"), folder / "images", 32 if quick else IMAGES)
-        for processes in (1, 2):
-            other = "DDP" if processes > 1 else "PyTorch's threads"
-            multiprocessing.spawn(_both_kinds, (Group.of(processes), folder, quick), processes)
-            took = json.loads((folder / "took.json").read_text())
-            what = f"exact step on {processes} process{'es' * (processes > 1)}: by slots / {other}, ×"
-            costs = [slots / ddp for slots, ddp in zip(took["slots"], took["other"], strict=True)]
-            beside = f"by slots {median(took['slots']):.3g} s, {other} {median(took['other']):.3g} s"
-            figures.append(
-                Figure(f"exact_cost_{processes}", what, costs, at_most=EXACT_AT_MOST, beside=beside, raw=took)
-            )
+    pack_noise(str(folder / "bucket"), folder / "images", 32 if quick else IMAGES)
+    for processes in (1, 2):
+        other = "DDP" if processes > 1 else "PyTorch's threads"
+        multiprocessing.spawn(_both_kinds, (Group.of(processes), folder, quick), processes)
+        took = json.loads((folder / "took.json").read_text())
+        what = f"exact step on {processes} process{'es' * (processes > 1)}: by slots / {other}, ×"
+        costs = [slots / ddp for slots, ddp in zip(took["slots"], took["other"], strict=True)]
+        beside = f"by slots {median(took['slots']):.3g} s, {other} {median(took['other']):.3g} s"
+        figures.append(Figure(f"exact_cost_{processes}", what, costs, at_most=EXACT_AT_MOST, beside=beside, raw=took))
     return [*figures, *_kernels()]
 
 

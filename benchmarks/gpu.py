@@ -1,37 +1,29 @@
-"""`benchmarks/gpu.sh`: the speed of a GPU against diffusers' example, and equal bits; each part has its own process.
-
-A part has a limit of time. One that fails, takes too long or lacks a package is recorded as such, and the others go on.
-The report is written after each part.
-"""
+"""The parts of `benchmarks/gpu.sh`: the speed of a GPU against diffusers' example, and equal bits."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from benchmarks.measuring import Figure
-    from benchmarks.subject import OurLoop
-    from job.config import RunConfig
-    from job.store import Store
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
-LIMITS_SECONDS = {"training": 180, "sampling": 80, "loader": 80, "checkpoint": 70, "equality": 120}
-"""By part: nine minutes in all."""
+from benchmarks.measuring import Figure, seconds
+from benchmarks.peers import DiffusersLoop, compiled, diffusers_sampler, diffusers_twin
+from benchmarks.saving import megabytes_of, new_state, saves, writing
+from benchmarks.subject import DATASET, TINY, OurLoop, pack_noise, painter_of, run_config
+from ddpm.model import Sampling
+from job.config import RunConfig
+from job.processes import compute
+from job.runs.checkpoints import list_checkpoints, load_manifest, restore
+from job.store import Store, open_store
+
 PEAK_FLOP_PER_SECOND = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -53,11 +45,6 @@ AT_LEAST_UTILISATION = 0.4
 
 def training(folder: Path, tiny: bool) -> list[Figure]:
     """Times steps of the preset `celeba` at 64 pixels, eager and compiled, and those of diffusers' example."""
-    from benchmarks.measuring import Figure, seconds
-    from benchmarks.peers import DiffusersLoop
-    from benchmarks.subject import OurLoop, pack_noise
-    from job.processes import compute
-
     pack_noise(str(folder / "bucket"), folder / "images", 16 if tiny else 1024, SIZE // 2 if tiny else SIZE)
     precision, steps = compute.best_precision(), 1 if tiny else 10
     figures, rates, flop = list[Figure](), dict[str, list[float]](), 0
@@ -80,27 +67,14 @@ def training(folder: Path, tiny: bool) -> list[Figure]:
         title = f"training step: ours, {best} / diffusers' example, {kind}, ×"
         figures.append(Figure(f"training_{kind}_ratio", title, ratios, at_least))
     rate, source = peak_flop_per_second(tiny)
-    used = [images / batch_size * flop for images in rates[best]]
-    title = (
-        f"training: share of {rate / 1e12:.3g} TFLOP/s ({source}) that the network's forward and backward pass takes"
-    )
+    used = [images / batch_size * flop / rate for images in rates[best]]
+    title = f"training: share of {rate / 1e12:.3g} TFLOP/s ({source}) in the network's forward and backward pass"
     raw = {"images_per_second": rates, "step_flop": flop, "batch_size_images": batch_size, "precision": precision}
-    return [
-        *figures,
-        Figure("training_utilisation", title, [one / rate for one in used], AT_LEAST_UTILISATION, raw=raw),
-    ]
+    return [*figures, Figure("training_utilisation", title, used, AT_LEAST_UTILISATION, raw=raw)]
 
 
 def sampling(folder: Path, tiny: bool) -> list[Figure]:
     """Times `ddpm sample` for the network of `celeba`, and diffusers' DDIM pipeline at default and best."""
-    import torch
-
-    from benchmarks.measuring import Figure
-    from benchmarks.peers import compiled, diffusers_sampler, diffusers_twin
-    from benchmarks.subject import painter_of
-    from ddpm.model import Sampling
-    from job.processes import compute
-
     steps, batch_size = (2, 2) if tiny else (20, 64)
     painter, way = painter_of(celeba(tiny), compute.best_precision()), Sampling("ddim", steps, "leading")
     ours = step_seconds(lambda: painter.sample_together(range(batch_size), way, batch_size, "our turn"), 1)
@@ -119,22 +93,8 @@ def sampling(folder: Path, tiny: bool) -> list[Figure]:
     return figures
 
 
-def loader(folder: Path, tiny: bool) -> list[Figure]:
-    """Reads a packed dataset of 64 pixels from the local disk, as `python -m benchmarks loader`."""
-    from benchmarks import loading
-
-    return loading.loader(tiny)
-
-
 def checkpoint(folder: Path, tiny: bool) -> list[Figure]:
     """Times the part of a save that delays training; changes all weights behind its copy, which must not show."""
-    import torch
-
-    from benchmarks.measuring import Figure
-    from benchmarks.saving import megabytes_of, new_state, saves, writing
-    from job.runs.checkpoints import list_checkpoints, restore
-    from job.store import open_store
-
     config, run = celeba(tiny), open_store(str(folder / "changed"))
     state = new_state(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     took = saves(open_store(str(folder / "timed")), config, state, 2 if tiny else 5)
@@ -161,13 +121,6 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
 
     NCCL refuses two processes on one GPU: there both runs have one.
     """
-    import torch
-
-    from benchmarks.measuring import Figure
-    from benchmarks.subject import DATASET, TINY, pack_noise
-    from job.runs.checkpoints import list_checkpoints, load_manifest
-    from job.store import open_store
-
     bucket, images, epochs = str(folder / "bucket"), 32 if tiny else 512, 3
     pack_noise(bucket, folder / "images", images)
     processes = 2 if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else 1
@@ -199,37 +152,13 @@ def equality(folder: Path, tiny: bool) -> list[Figure]:
     return [Figure("equality", title, [float(whole == resumed)], 1, raw={"processes": processes, "hashes": whole})]
 
 
-PARTS: dict[str, Callable[[Path, bool], list[Figure]]] = {
-    part.__name__: part for part in (training, sampling, loader, checkpoint, equality)
-}
-
-
-def missing_packages() -> list[str]:
-    """Returns the names of the project's dependencies, and of theirs, that are not installed."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    left, missing, known = list(project["dependencies"]), list[str](), set[str]()
-    while left:
-        name = re.split(r"[^\w.-]", left.pop())[0]
-        if name not in known:
-            known.add(name)
-            try:
-                left += [one for one in requires(name) or () if ";" not in one]
-            except PackageNotFoundError:
-                missing.append(name)
-    return sorted(missing)
-
-
 def celeba(tiny: bool) -> RunConfig:
     """Returns the preset `celeba`, or a network that is quickly tried."""
-    from benchmarks.subject import run_config
-
     return run_config(CELEBA_TINY if tiny else (), "celeba", SIZE // 2 if tiny else SIZE)
 
 
 def finished(work: Callable[[], object]) -> None:
     """Does something, and waits for the GPU."""
-    import torch
-
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -237,7 +166,6 @@ def finished(work: Callable[[], object]) -> None:
 
 def step_seconds(step: Callable[[], object], steps: int) -> list[float]:
     """Returns the seconds of a step, as means over several of them, after a warm-up."""
-    from benchmarks.measuring import seconds
 
     def several() -> None:
         for _ in range(steps):
@@ -249,9 +177,6 @@ def step_seconds(step: Callable[[], object], steps: int) -> list[float]:
 
 def step_flop(loop: OurLoop) -> int:
     """Returns the floating-point operations of the network's forward and backward pass over one batch."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     session = loop.session
     shape = (session.batch_size, *session.config.image_shape)
     x, t = torch.randn(shape, device=session.device), torch.zeros(shape[0], device=session.device)
@@ -263,11 +188,6 @@ def step_flop(loop: OurLoop) -> int:
 
 def peak_flop_per_second(tiny: bool) -> tuple[float, str]:
     """Returns the rate of dense products, and its source: the data sheet of a known card, or the best of several."""
-    import torch
-
-    from benchmarks.measuring import seconds
-    from job.processes import compute
-
     is_gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if is_gpu else "CPU"
     for part, rate in PEAK_FLOP_PER_SECOND.items():
@@ -279,69 +199,3 @@ def peak_flop_per_second(tiny: bool) -> tuple[float, str]:
     # A GPU is done when a number of the product can be read; the first product warms up.
     spent = [seconds(lambda: (a @ b)[0, 0].item()) for _ in range(5)][1:]
     return 2 * side**3 / min(spent), "measured product"
-
-
-def run_part(part: str, tiny: bool, limit_seconds: float) -> dict[str, Any]:
-    """Runs one part in a process of its own, and returns its entry of the report."""
-    began = time.monotonic()
-    with TemporaryDirectory(prefix="ddpm-gpu-") as folder:
-        words = [sys.executable, "-m", "benchmarks.gpu", "--inside", folder, *(["--tiny"] if tiny else []), part]
-        # Its own session: a part that takes too long ends with all its processes.
-        process = subprocess.Popen(words, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        entry: dict[str, Any] = {"state": "done"}
-        try:
-            _, errors = process.communicate(timeout=limit_seconds)
-            if process.returncode:
-                entry = {"state": "failed", "exit_code": process.returncode, "why": errors[-2000:]}
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            _, errors = process.communicate()
-            entry = {"state": "out of time", "limit_seconds": limit_seconds, "why": errors[-2000:]}
-        figures = Path(folder) / "figures.json"
-        return entry | {
-            "seconds": round(time.monotonic() - began, 1),
-            "figures": json.loads(figures.read_text()) if figures.exists() else {},
-        }
-
-
-def main() -> None:
-    """Runs the parts one after the other, and writes the report after each."""
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks and no goals: shows that everything runs")
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"), metavar="FILE", help="default: gpu.json")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown part {min(unknown)!r}: use {', '.join(PARTS)}")
-    if missing := missing_packages():
-        sys.exit(f"missing packages: {' '.join(missing)}; the head of benchmarks/gpu.sh says how to bring them")
-    if options.inside:
-        found = PARTS[options.parts[0]](options.inside, options.tiny)
-        figures = {figure.key: figure.to_dict() for figure in found}
-        (options.inside / "figures.json").write_text(json.dumps(figures))
-        return
-    import torch
-
-    from benchmarks.measuring import machine
-    from job.coordination.sealed import utc_now
-
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    there = machine() | {"gpus": names, "cuda": torch.version.cuda}
-    skipped = [] if PEERS else ["diffusers is not installed: no peers in training and sampling"]
-    report: dict[str, Any] = {"date": utc_now(), "machine": there, "skipped": skipped, "parts": {}}
-    for part in options.parts or PARTS:
-        print(f"measuring: {part}, at most {LIMITS_SECONDS[part]} s", file=sys.stderr)
-        report["parts"][part] = entry = run_part(part, options.tiny, LIMITS_SECONDS[part])
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-        for figure in entry["figures"].values():
-            goal = {True: ", met", False: ", MISSED", None: ""}[None if options.tiny else figure["met"]]
-            print(f"{figure['what']}: {figure['value']:.4g}{goal}")
-        print(f"{part}: {entry['state']} in {entry['seconds']} s")
-    print("\n".join([*skipped, f"written: {options.output}"]))
-    if any(entry["state"] != "done" for entry in report["parts"].values()):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures training, loading, saving, sampling and equal bits on a GPU, unattended and without a network, in nine minutes:
 #
-#     benchmarks/gpu.sh [--output gpu.json] [--tiny] [PART ...]
+#     benchmarks/gpu.sh [--output gpu.json] [--quick] [PART ...]
 #
 # It needs a CUDA image of PyTorch and a copy of this checkout. It names the packages that the image lacks. Where there is
 # a network and the same Python, pip brings them: pip install --target .gpu-packages NAME ...
@@ -16,4 +16,5 @@ export PYTHONPATH="$PWD:$PWD/.gpu-packages${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OF
 if [ "${BENCH_DEVICE:-cuda}" = cpu ]; then
     export CUDA_VISIBLE_DEVICES=
 fi
-exec "${PYTHON:-python3}" -m benchmarks.gpu "$@"
+"${PYTHON:-python3}" -m benchmarks.missing
+exec "${PYTHON:-python3}" -m benchmarks --gpu --output gpu.json "$@"

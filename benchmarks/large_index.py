@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import subject
-from benchmarks.measuring import Figure
+from benchmarks.measuring import ROOT, Figure, fresh
 from ddpm.image_size import ImageSize
 from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order, stream_batches
@@ -199,33 +199,23 @@ def most_memory() -> Iterator[list[int]]:
     thread.join()
 
 
-def read(bucket: str, key: str, cache: Path) -> dict[str, Any]:
-    """Reads the dataset in a process of its own; see `read_dataset`."""
-    command = [sys.executable, "-m", "benchmarks.large_index", bucket, key, str(cache)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
-    return json.loads(done.stdout)
-
-
-def large_index(quick: bool) -> list[Figure]:
+def large_index(folder: Path, quick: bool) -> list[Figure]:
     """Writes datasets of several sizes; opens each for the first time and again, and takes shuffled batches."""
     figures = []
     for shards in SHARDS[:1] if quick else SHARDS:
-        with TemporaryDirectory(prefix="ddpm-bench-") as name, served(Path(name)) as (bucket, objects):
+        with TemporaryDirectory(dir=folder) as name, served(Path(name)) as (bucket, objects):
             key = write_dataset(bucket, objects, shards)
             for title in ("first opening", "again"):
-                found = read(bucket, key, Path(name, "cache"))
+                found = fresh("benchmarks.large_index", bucket, key, Path(name, "cache"))
                 what = f"{found['images']:,} images in {shards:,} shards, {title}"
-                key_of_figure = f"large_index_{shards}_{title.replace(' ', '_')}"
-                parts = ("index_seconds", "open_seconds", "first_batch_seconds", "next_batch_seconds")
-                beside = ", ".join(f"{part} {found[part]:.3g}" for part in parts)
-                total = [found["total_seconds"]]
-                figures.append(
-                    Figure(f"{key_of_figure}_seconds", f"{what}: s to a batch", total, beside=beside, raw=found)
-                )
-                parts = ("first_batch_bytes", "peak_bytes", "program_bytes")
-                beside = ", ".join(f"{part} {found[part]:,}" for part in parts)
-                megabytes = [found["peak_bytes"] / 1e6]
-                figures.append(Figure(f"{key_of_figure}_megabytes", f"{what}: MB at most", megabytes, beside=beside))
+                for unit, of_unit, value in (
+                    ("seconds", "s to a batch", found["total_seconds"]),
+                    ("megabytes", "MB at most", found["peak_bytes"] / 1e6),
+                ):
+                    ending = unit.removeprefix("mega")
+                    beside = ", ".join(f"{part} {each:,.3g}" for part, each in found.items() if part.endswith(ending))
+                    key_of_figure = f"large_index_{shards}_{title.replace(' ', '_')}_{unit}"
+                    figures.append(Figure(key_of_figure, f"{what}: {of_unit}", [value], beside=beside, raw=found))
     return figures
 
 
@@ -260,11 +250,11 @@ class Requests:
         return self.seen - before
 
 
-def requests(quick: bool) -> list[Figure]:
+def requests(folder: Path, quick: bool) -> list[Figure]:
     """Counts the requests of three epochs of a tenth of a million images, and those of a checkpoint."""
     shards = 1 if quick else REQUESTED_SHARDS
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, served(Path(name)) as (bucket, objects):
-        folder, shape = Path(name), (REQUESTED_SIZE, REQUESTED_SIZE, 3)
+    shape = (REQUESTED_SIZE, REQUESTED_SIZE, 3)
+    with served(folder) as (bucket, objects):
         shard_images = SHARD_PIXEL_BYTES // math.prod(shape)
         key = write_dataset(bucket, objects, shards, shard_images=shard_images, shape=shape, levels=LEVELS)
         emulator = os.environ["STORAGE_EMULATOR_HOST"]
@@ -302,7 +292,7 @@ def of_checkpoint(passed: Requests, bucket: str, folder: Path) -> list[Figure]:
 
     def train(epochs: int) -> None:
         more = ["--run", f"r{epochs}", "--epochs", str(epochs)]
-        subprocess.run([*words, *more], env=environment, check=True, cwd=Path(__file__).parents[1])
+        subprocess.run([*words, *more], env=environment, check=True, cwd=ROOT)
 
     few, more = (passed.during(partial(train, epochs)) for epochs in (FEW, MORE))
     found: dict[str, dict[str, float]] = {kind: {} for kind in DOLLARS}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,10 +16,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 from benchmarks import peers
-from benchmarks.measuring import Figure, faster, in_turn, seconds, timed
+from benchmarks.measuring import Figure, faster, fresh, in_turn, seconds, timed
 from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order, stream_batches
 from job.data.shards import dataset_key, load_index
@@ -35,8 +33,8 @@ Epoch = dict[str, float]
 Readers = dict[str, Callable[[], Iterable[object]]]
 
 
-def readers(bucket: str, cache: Path, chunks: str, files: Path | None = None) -> Readers:
-    """Returns the installed readers of an epoch by name; those of files before packing only with these."""
+def readers(bucket: str, cache: Path, chunks: str = "", files: Path | None = None) -> Readers:
+    """Returns the installed readers of an epoch by name; those of chunks, and of files before packing, with these."""
 
     def urls() -> list[str]:
         # Not for litData, whose forked workers would wait for the threads of obstore that this starts.
@@ -45,10 +43,11 @@ def readers(bucket: str, cache: Path, chunks: str, files: Path | None = None) ->
     found: Readers = {
         "ours": lambda: our_epoch(opened(bucket, cache)),
         "webdataset": lambda: peers.webdataset_epoch(urls()),
-        "litData": lambda: peers.litdata_epoch(chunks, cache.with_name(f"{cache.name}-litdata")),
     }
+    if chunks:
+        found["litData"] = lambda: peers.litdata_epoch(chunks, cache.with_name(f"{cache.name}-litdata"))
     if files:
-        found |= {"ImageFolder": lambda: peers.image_folder_epoch(files), "SPDL": lambda: peers.spdl_epoch(files)}
+        found["ImageFolder"] = lambda: peers.image_folder_epoch(files)
     return {name: found[name] for name in ("ours", *peers.installed(*found))}
 
 
@@ -65,21 +64,17 @@ def our_epoch(cache: ImageCache) -> Iterable[object]:
     return stream_batches(cache, order, **how)
 
 
-def loader(quick: bool) -> list[Figure]:
+def loader(folder: Path, quick: bool) -> list[Figure]:
     """Reads the same images from the same disk, one epoch per reader in turn; the first turn warms up."""
     from benchmarks.subject import pack_noise
 
-    images = 256 if quick else 10_000
-    with TemporaryDirectory(prefix="ddpm-bench-") as name:
-        folder = Path(name)
-        bucket, cache, files, chunks = str(folder / "bucket"), folder / "cache", folder / "images", folder / "chunks"
-        pack_noise(bucket, files, images, SIZE)
-        decoding_seconds = seconds(lambda: opened(bucket, cache).close())
-        if peers.installed("litData"):
-            peers.litdata_optimize(files, chunks)
-        epochs = readers(bucket, cache, str(chunks), files)
-        works = {reader: partial(one_epoch, batches, images) for reader, batches in epochs.items()}
-        took = in_turn("reading images", timed(**works), 1 if quick else 2)
+    images, bucket, cache, files = 256 if quick else 10_000, str(folder / "bucket"), folder / "cache", folder / "images"
+    pack_noise(bucket, files, images, SIZE)
+    decoding_seconds = seconds(lambda: opened(bucket, cache).close())
+    works = {
+        reader: partial(one_epoch, batches, images) for reader, batches in readers(bucket, cache, files=files).items()
+    }
+    took = in_turn("reading images", timed(**works), 1 if quick else 2)
     rates = {reader: [images / each for each in of_reader] for reader, of_reader in took.items()}
     best_peer = max(took.keys() - {"ours"}, key=lambda reader: median(rates[reader]))
     beside = (
@@ -104,14 +99,13 @@ def one_epoch(batches: Callable[[], Iterable[object]], images: int) -> None:
         pass
 
 
-def cold(quick: bool) -> list[Figure]:
+def cold(folder: Path, quick: bool) -> list[Figure]:
     """Reads the same PNG files from the same server, one epoch per reader in turn."""
     from benchmarks.subject import bucket, pack_noise
 
     images, caches = 512 if quick else 10_000, iter(range(1000))
     names = ["ours", *peers.installed("webdataset", "litData")]
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, bucket("s3", Path(name, "server")) as uri:
-        folder = Path(name)
+    with bucket("s3", folder / "server") as uri:
         pack_noise(uri, folder / "images", images, SIZE)
         if "litData" in names:
             peers.litdata_optimize(folder / "images", folder / "chunks")
@@ -139,9 +133,8 @@ def cold(quick: bool) -> list[Figure]:
 
 def epoch_of(reader: str, bucket: str, cache: Path) -> Epoch:
     """Reads an epoch in a process of its own; see `read`."""
-    words, before = [sys.executable, "-m", "benchmarks.loading", reader, bucket, str(cache)], os.times()
-    done = subprocess.run(words, capture_output=True, check=True, cwd=Path(__file__).parents[1], timeout=EPOCH_SECONDS)
-    found: Epoch = json.loads(done.stdout.splitlines()[-1])
+    before = os.times()
+    found: Epoch = fresh("benchmarks.loading", reader, bucket, cache, timeout_seconds=EPOCH_SECONDS)
     after = os.times()
     # The whole process with its imports counts, for machines that are not idle.
     spent = after.children_user + after.children_system - before.children_user - before.children_system

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 from job.progress import Progress
 
+ROOT = Path(__file__).parents[1]
 BUSY_LOAD = 0.5
 """The largest load before a measurement: other processes would distort the numbers."""
 Measured = TypeVar("Measured")
+Lines = dict[str, tuple[Sequence[float], Sequence[float], str]]
+"""By name x, y and the style of matplotlib, empty for a line with a marker; names that begin with _ have no legend."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,6 @@ class Figure:
         if self.at_least is not None:
             return self.value >= self.at_least
         return self.value <= self.at_most if self.at_most is not None else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        target = {"at_least": self.at_least, "at_most": self.at_most, "met": self.met}
-        return {"value": self.value, "what": self.what, "samples": self.samples, **target, "raw": self.raw}
 
 
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -106,6 +109,31 @@ def faster(key: str, what: str, took: dict[str, list[float]], peer: str = "peer"
     return Figure(key, f"{what}, ×", ratios, beside=f"{beside}{more.pop('beside', '')}", raw=raw, **more)
 
 
+def fresh(module: str, *words: object, timeout_seconds: float | None = None) -> Any:
+    """Returns what a module prints, JSON in its last line, in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT, timeout=timeout_seconds)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def lines_png(lines: Lines, ticks: Sequence[float], xlabel: str, ylabel: str, yscale: str = "log") -> bytes:
+    """Returns a plot as PNG of 720 × 480 pixels, whose horizontal axis is logarithmic."""
+    from matplotlib import figure as figures
+
+    figure = figures.Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (name, (x, y, style)), marker in zip(lines.items(), cycle("ov^s<>D*P"), strict=False):
+        axes.plot(x, y, style or f"{marker}-", label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale=yscale)
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def machine() -> dict[str, Any]:
     """Returns the facts of this machine; the load is that of the last minute."""
     import torch
@@ -121,6 +149,8 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
         "load_before": round(os.getloadavg()[0], 2),
     }
 

@@ -247,17 +247,14 @@ def _pytest(words: list[str], seconds: float | None, **variables: str) -> str | 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__.partition("\n")[0])
-    parser.add_argument("subjects", nargs="+", type=Path, metavar="PATH", help="files and folders of the program")
-    parser.add_argument("--tests", nargs="+", required=True, metavar="PATH", help="the tests, as pytest takes them")
-    parser.add_argument("--marks", default="", metavar="EXPRESSION", help="pytest's -m, such as 'slow or not slow'")
-    parser.add_argument(
-        "--mutants", type=int, default=200, metavar="N", help="how many, chosen at random (default: 200)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
-    parser.add_argument("--like", type=Path, metavar="FILE", help="the mutants of an earlier run, by its --json")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="writes the mutants, each with the test that noticed it"
-    )
+    add = parser.add_argument
+    add("subjects", nargs="+", type=Path, metavar="PATH", help="files and folders of the program")
+    add("--tests", nargs="+", required=True, metavar="PATH", help="the tests, as pytest takes them")
+    add("--marks", default="", metavar="EXPRESSION", help="pytest's -m, such as 'slow or not slow'")
+    add("--mutants", type=int, default=200, metavar="N", help="how many, chosen at random (default: 200)")
+    add("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
+    add("--like", type=Path, metavar="FILE", help="the mutants of an earlier run, by its --json")
+    add("--json", type=Path, metavar="FILE", help="writes the mutants, each with the test that noticed it")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The peers, each used as its manual says: diffusers to train and sample, and four loaders of images."""
+"""The peers, each used as its manual says: diffusers to train and sample, and three loaders of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,8 +136,8 @@ def diffusers_sampler(
 
 
 def installed(*peers: str) -> list[str]:
-    """Returns those of the loaders that are installed: litData and SPDL come with the extra `bench`."""
-    modules = {"webdataset": "webdataset", "ImageFolder": "torchvision", "litData": "litdata", "SPDL": "spdl"}
+    """Returns those of the loaders that are installed: litData comes with the extra `bench`."""
+    modules = {"webdataset": "webdataset", "ImageFolder": "torchvision", "litData": "litdata"}
     return [peer for peer in peers if peer in modules and find_spec(modules[peer])]
 
 
@@ -200,18 +199,6 @@ def _decoded(sample: dict[str, bytes]) -> torch.Tensor:
     from torchvision.io import decode_image
 
     return decode_image(torch.frombuffer(bytearray(sample["image"]), dtype=torch.uint8))
-
-
-def spdl_epoch(folder: Path) -> Iterator[object]:
-    """Reads the files before packing with SPDL: shuffled, decoded with torchvision, as its own decoder wants FFmpeg."""
-    from spdl.pipeline import PipelineBuilder
-    from torchvision.io import decode_image
-
-    paths = np.random.default_rng(0).permutation(sorted(map(str, folder.rglob("*.png")))).tolist()
-    builder = PipelineBuilder().add_source(paths).pipe(decode_image, concurrency=WORKERS).aggregate(BATCH_SIZE_IMAGES)
-    pipeline = builder.pipe(torch.stack).add_sink(4).build(num_threads=WORKERS)
-    with pipeline.auto_stop():
-        yield from pipeline
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.solvers import lines_png, most_steps
+from benchmarks.measuring import Lines, lines_png
+from benchmarks.solvers import most_steps
 from ddpm import training
 from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Sampling, generate, make_denoiser, noise_of
@@ -81,8 +82,10 @@ def main(words: list[str] | None = None) -> None:
         (asked.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
         if by_way:
             samplers = dict.fromkeys(way.rpartition(" ")[0] for way in by_way)
-            lines = {one: [1000 * by_way[f"{one} {n}"] for n in EVALUATIONS] for one in samplers}
-            png = lines_png(EVALUATIONS, lines, "evaluations of the network for each image", "KID × 1000")
+            lines: Lines = {
+                one: (EVALUATIONS, [1000 * by_way[f"{one} {n}"] for n in EVALUATIONS], "") for one in samplers
+            }
+            png = lines_png(lines, EVALUATIONS, "evaluations of the network for each image", "KID × 1000")
             (asked.output / "samplers.png").write_bytes(png)
 
 

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import Figure, faster, in_turn, seconds, timed
+from benchmarks.measuring import Figure, faster, in_turn, timed
 from benchmarks.subject import TINY, bucket, run_config
 from ddpm.threads import Threads
 from job.config import RunConfig, method
@@ -35,16 +34,16 @@ LARGE_BYTES = int(5e9)
 TENSOR_BYTES = 16 << 20
 
 
-def checkpoint(quick: bool) -> list[Figure]:
+def checkpoint(folder: Path, quick: bool) -> list[Figure]:
     """Saves Ho et al.'s CIFAR-10 network, 572 MB with averages and moments, to a folder and to an object server."""
     config = run_config(TINY if quick else ())
     state = new_state(config, torch.device("cpu"))
     megabytes = megabytes_of(state)
     # As in a run, whose slots have a thread each: several threads wait for each other at each tensor.
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, Threads(1).outside():
-        blocked = saves(open_store(f"{name}/run"), config, state, 1 if quick else 5)
-        with bucket("gs", Path(name, "server")) as uri:
-            uploads = uploads_in_turn(uri, state, Path(name), 1 if quick else 3)
+    with Threads(1).outside():
+        blocked = saves(open_store(str(folder / "run")), config, state, 1 if quick else 5)
+        with bucket("gs", folder / "server") as uri:
+            uploads = uploads_in_turn(uri, state, folder, 1 if quick else 3)
     return [
         Figure(
             "checkpoint_blocked_ratio",
@@ -142,24 +141,19 @@ def uploads_in_turn(uri: str, state: State, folder: Path, turns: int) -> dict[st
         return in_turn("uploading", timed(peer=client, ours=ours), turns, after_turn=clean)
 
 
-def restore(quick: bool) -> list[Figure]:
+def restore(folder: Path, quick: bool) -> list[Figure]:
     """Reads a checkpoint of 5 GB into weights over links of several speeds, beside the time of the bytes alone."""
     figures = []
-    with TemporaryDirectory(prefix="ddpm-bench-") as name:
-        folder = Path(name, "bucket")
-        live = save_large(LocalStore(folder), LARGE_BYTES // (100 if quick else 1), Path(name))
-        for speed in GIGABYTES_A_SECOND:
-            link, alone = Link(folder, speed * 1e9), megabytes_of(live) / speed / 1e3
-            took = seconds(lambda link=link: load(link, live))
-            what = f"restore over {speed:g} GB/s: seconds / those of the bytes alone, ×"
-            beside = f"{took:.1f} s, the bytes alone {alone:.1f} s"
-            figures.append(Figure(f"restore_{speed:g}_ratio", what, [took / alone], at_most=1.1, beside=beside))
+    live = save_large(LocalStore(folder / "bucket"), LARGE_BYTES // (100 if quick else 1), folder)
+    for speed in GIGABYTES_A_SECOND:
+        link, alone = Link(folder / "bucket", speed * 1e9), megabytes_of(live) / speed / 1e3
+        began = time.monotonic()
+        assert newest_good(link, into=live) is not None
+        took = time.monotonic() - began
+        what = f"restore over {speed:g} GB/s: seconds / those of the bytes alone, ×"
+        beside = f"{took:.1f} s, the bytes alone {alone:.1f} s"
+        figures.append(Figure(f"restore_{speed:g}_ratio", what, [took / alone], at_most=1.1, beside=beside))
     return figures
-
-
-def load(run: Store, state: State) -> None:
-    """Restores the newest checkpoint of a run into tensors."""
-    assert newest_good(run, into=state) is not None
 
 
 class Link(LocalStore):

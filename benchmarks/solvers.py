@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from itertools import cycle, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import Lines, lines_png
 from ddpm import samplers
 from ddpm.grids import find_grid, make_grid, numbered_points
 from ddpm.model import Sampling, evaluations_of
@@ -268,24 +268,6 @@ def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int,
     return found
 
 
-def lines_png(x: Sequence[int], lines: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> bytes:
-    """Returns a plot of lines by name as PNG, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for (name, y), marker in zip(lines.items(), cycle("ov^s<>D*P"), strict=False):
-        axes.loglog(x, y, marker=marker, label=name)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_xticks(x, map(str, x))
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
 def main() -> None:
     """Prints the tables, and writes them and the plot of the first."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=__doc__)
@@ -315,8 +297,10 @@ def main() -> None:
     if asked.output:
         asked.output.mkdir(parents=True, exist_ok=True)
         (asked.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
-        lines = {f"{name}: order {orders(errors)[-1]:.2f}": errors for name, errors in by_steps["any"].items()}
-        png = lines_png(STEPS, lines, "steps", "root mean square error on a mixture of Gaussians")
+        lines: Lines = {
+            f"{name}: order {orders(errors)[-1]:.2f}": (STEPS, errors, "") for name, errors in by_steps["any"].items()
+        }
+        png = lines_png(lines, STEPS, "steps", "root mean square error on a mixture of Gaussians")
         (asked.output / "orders.png").write_bytes(png)
 
 

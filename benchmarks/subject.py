@@ -42,13 +42,8 @@ NO_SAVES = (
     *("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0"),
     "sample.every_epochs=0",
 )
-BUCKETS = {
-    "file": "a folder",
-    "gs": "a new fake-gcs-server",
-    "s3": "a new SeaweedFS",
-    "s3-moto": "a new moto server",
-    "az": "a new Azurite",
-}
+BUCKETS = ("file", "gs", "s3", "s3-moto", "az")
+"""A folder, and new servers: fake-gcs-server, SeaweedFS, moto and Azurite."""
 
 
 def run_config(sets: tuple[str, ...], preset: str = PRESET, size: int = SIZE) -> RunConfig:

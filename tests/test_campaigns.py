@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.crash_campaign.__main__ import Request, plan_lanes
+from benchmarks.crash_campaign.__main__ import plan_lanes
 from benchmarks.crash_campaign.history import Ending, History, differences, lost_images
 from benchmarks.crash_campaign.points import POINTS, SABOTAGES
 from benchmarks.crash_campaign.processes import Event
@@ -28,8 +29,8 @@ MOST = 1200
 @pytest.mark.timeout(1500)
 def test_campaign_passes_and_reports_broken_protocol(tmp_path: Path):
     words = {
-        "sound": ("--points", "upload-2,manifest", "--kills", "1", "--epochs", "4"),
-        "broken": ("--sabotage", "manifest-first", "--epochs", "4"),
+        "sound": ("--points", "manifest,launcher-upload-2", "--kills", "1", "--epochs", "4"),
+        **{sabotage: ("--sabotage", sabotage, "--epochs", "4") for sabotage in SABOTAGES},
     }
     command = [sys.executable, "-m", "benchmarks.crash_campaign", "--json"]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -37,33 +38,34 @@ def test_campaign_passes_and_reports_broken_protocol(tmp_path: Path):
         name: subprocess.Popen([*command, tmp_path / name, *words[name]], cwd=ROOT, **streams) for name in words
     }
     said = {name: campaign.communicate() for name, campaign in campaigns.items()}
-    assert "Traceback" not in said["sound"][1] + said["broken"][1], said
-    assert {name: campaign.returncode for name, campaign in campaigns.items()} == {"sound": 0, "broken": 1}, said
-    report, broken = (json.loads((tmp_path / name).read_text()) for name in words)
+    assert "Traceback" not in "".join(errors for _, errors in said.values()), said
+    assert [campaign.returncode for campaign in campaigns.values()] == [0, 1, 1], said
+    report, broken, shifted = (json.loads((tmp_path / name).read_text()) for name in words)
 
     assert (report["kills"], report["failures"]) == (3, [])
     assert report["resumes"] >= 3
     assert report["lost_images"] == report["bad_checkpoints"] == 0
-    assert report["repeated_images"] > 0, "nothing of the epoch before `upload-2` was saved"
+    assert report["repeated_images"] > 0, "nothing of the epoch before `launcher-upload-2` was saved"
     assert 0 < report["recovery_seconds_median"] <= report["recovery_seconds_worst"]
-    (lane,) = report["lanes"].values()
-    assert len(lane["undisturbed_hash"]) == 64
-    assert set(lane["hashes"]) == {lane["undisturbed_hash"]}
+    assert len(report["lanes"]) == 2
+    for lane in report["lanes"].values():
+        assert len(lane["undisturbed_hash"]) == 64
+        assert set(lane["hashes"]) == {lane["undisturbed_hash"]}
     assert "Nothing was lost." in said["sound"][0]
 
     (failure,) = broken["failures"]
-    assert "is committed, but" in failure and failure in said["broken"][0]
+    assert "is committed, but" in failure and failure in said["manifest-first"][0]
     assert failure.endswith("is missing, though its manifest is there")
+    assert re.search(r"image \d+ \(pixels, noise, point\) is missing$", shifted["failures"][0])
 
 
 def test_each_point_is_met_once():
     names = [point.name for point in POINTS]
     assert len(set(names)) == len(names)
-    assert {name for names in SABOTAGES.values() for name in names} <= set(names)
     for seed in range(5):
-        lanes = plan_lanes(Request(kills=100, seed=seed, epochs=10, points=()))
+        lanes = plan_lanes(list(POINTS), 100, seed)
         assert sorted(point.name for _, _, points, _ in lanes for point in points) == sorted(names)
-        assert [point.processes == processes for processes, _, points, _ in lanes for point in points]
+        assert all(point.processes == processes for processes, _, points, _ in lanes for point in points)
         moments = [moment for _, _, _, moments in lanes for moment in moments]
         kinds = {(moment.action, moment.target, moment.at_once) for moment in moments}
         assert (len(moments), len(kinds)) == (100, 12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ from PIL import Image, ImageSequence
 from benchmarks.crash_campaign.processes import BrokenError, Event, Invocation, Moment
 from job.exits import JobError
 from job.runs.checkpoints import list_checkpoints, newest_good, restore
-from job.runs.layout import CHECKPOINTS, SAMPLES, CheckpointRef, ObjectKind, located, places_in
+from job.runs.layout import CHECKPOINTS, RUNS, SAMPLES, CheckpointRef, ObjectKind, located, places_in
 from job.runs.metric_rows import Row, read_rows
-from job.store import Store
+from job.store import Store, open_store
 
 MEASURED = ("images_per_second", "memory_bytes", "time")
 """The metrics that differ between any two runs."""
@@ -69,21 +68,6 @@ def read_ending(run: Store) -> Ending:
             if place.kind is ObjectKind.PICTURE
         },
     )
-
-
-def saved_images(run: Store) -> dict[str, str]:
-    """Returns the SHA-256 of every piece of `ddpm sample --count`, by name; empty if the index lists other pieces."""
-    pieces, listed = {}, {}
-    for entry in run.list(SAMPLES):
-        name = entry.key.rpartition("/")[2]
-        if name.startswith("piece-") and name.endswith(".tar"):
-            pieces[name] = hashlib.sha256(run.read(entry.key).data).hexdigest()
-        elif name == "index.json":
-            listed = {
-                piece["key"].rpartition("/")[2]: piece["sha256"]
-                for piece in json.loads(run.read(entry.key).data)["pieces"]
-            }
-    return pieces if pieces == listed else {}
 
 
 def _pixels_sha256(data: bytes) -> str:
@@ -193,8 +177,11 @@ class Run:
     lingering: list[tuple[Invocation, Moment]] = field(default_factory=list)
     verified: set[CheckpointRef] = field(default_factory=set)
     rotten: set[CheckpointRef] = field(default_factory=set)
-    zombies: set[int] = field(default_factory=set)
-    """The fences of attempts that were stopped and replaced."""
+
+    @classmethod
+    def of(cls, bucket: str, name: str) -> Run:
+        """Returns the run of a name in a bucket, before its first process."""
+        return cls(name, open_store(bucket).sub(f"{RUNS}/{name}"))
 
     @property
     def history(self) -> History:
@@ -228,9 +215,6 @@ class Run:
             BrokenError: one is not, and the campaign did not damage it.
         """
         for ref in set(self.checkpoints) - self.verified - self.rotten:
-            # A late commit of a zombie may name deleted objects. It has no effect, since its fence is lower.
-            if ref.fence in self.zombies:
-                continue
             try:
                 for snapshot in restore(self.store, ref).manifest.snapshots:
                     snapshot.read(self.store)

@@ -16,8 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from types import ModuleType
@@ -28,14 +27,13 @@ VARIABLE = "DDPM_CRASH_CAMPAIGN"
 OPERATIONS = ("read", "create", "replace", "put", "move", "download", "open", "delete", "exists")
 SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
-"""Shorter than the product's, so that a small run renews its lease and a zombie is replaced within seconds."""
+"""Shorter than the product's, so that a small run renews its lease."""
 
 _STORES = {
     "job.store.local": ("LocalStore",),
     "job.store.gcs": ("GcsStore",),
     "job.store.objects": ("S3Store", "AzureStore"),
 }
-_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
 class Trace:
@@ -52,62 +50,27 @@ class Trace:
         os.write(self._descriptor, (json.dumps(line) + "\n").encode())
 
 
-class _Gate:
-    """Delays the stop of a process until no other thread is inside an operation, where it could hold a shared lock."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._closed = False
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: self._inside == 1)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()
-
-
 class Fault:
     """The point at which this process, its group or its launcher gets a signal; see `Point` for the fields."""
 
     def __init__(self, trace: Trace, fields: dict[str, Any]) -> None:
         self._trace, self._fields = trace, fields
         self._lock, self._count, self._struck = threading.Lock(), 0, False
-        self._gate = _Gate()
 
     def around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
         """Runs `work`, with the fault before or after it."""
-        with self._gate.inside():
-            if self._struck or not self._matches(op, uri, data):
-                return work()
-            # One at a time, so that after the k-th upload exactly k objects exist.
-            with self._lock:
-                self._count += 1
-                due = self._count == self._fields["nth"]
-                if due and self._fields["when"] == "before":
-                    self._strike(op, uri)
-                result = work()
-                if due and self._fields["when"] == "after":
-                    self._strike(op, uri)
-                return result
+        if self._struck or not self._matches(op, uri, data):
+            return work()
+        # One at a time, so that after the k-th upload exactly k objects exist.
+        with self._lock:
+            self._count += 1
+            due = self._count == self._fields["nth"]
+            if due and self._fields["when"] == "before":
+                self._strike(op, uri)
+            result = work()
+            if due and self._fields["when"] == "after":
+                self._strike(op, uri)
+            return result
 
     def _matches(self, op: str, uri: str, data: bytes) -> bool:
         fields = self._fields
@@ -120,12 +83,8 @@ class Fault:
 
     def _strike(self, op: str, uri: str) -> None:
         self._struck = True
-        number = _SIGNALS[self._fields["action"]]
+        number = signal.SIGKILL if self._fields["action"] == "kill" else signal.SIGTERM
         self._trace("fault", point=self._fields["name"], op=op, uri=uri)
-        if number == signal.SIGSTOP:
-            with self._gate.alone():
-                os.killpg(0, number)
-            return
         match self._fields["target"]:
             case "group":
                 os.killpg(0, number)
@@ -201,8 +160,6 @@ class Watched:
                 manifest = json.loads(data)
                 committed = [manifest["fence"], manifest["images_seen"]]
                 self._trace("commit", ref=committed, loss_sums=manifest["loss_sums"])
-            elif op == "create" and re.search("/pieces/[0-9]+.json$", uri):
-                self._trace("piece", uri=uri)
             elif op == "delete" and "/checkpoints/" in uri:
                 self._trace("delete", uri=uri)
             return result
@@ -286,8 +243,7 @@ def install() -> None:
         hook = Hooks(trace).after_import
     else:
         trace("process", pid=os.getpid(), role=role)
-        is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
-        fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
+        fault = Fault(trace, chosen["fault"]) if chosen["fault"] and role == "rank" else None
         hook = Watched(trace, fault, chosen["sabotage"]).after_import
     sys.meta_path.insert(0, AfterImport(hook))
 
@@ -311,12 +267,6 @@ def _manifest_first(writer: Any) -> None:
     wrap(writer, "commit_manifest", commit_and_upload)
 
 
-def _fence_ignored(lease: Any) -> None:
-    lease.Lease.confirm = lambda this: None
-    lease.Lease.check_lost = lambda this: None
-    lease.Lease.lost = property(lambda this: "", lambda this, lost: None)
-
-
 def _position_off_by_one(session: Any) -> None:
     def shifted(stream_batches: Any, *args: Any, first_image: int, **named: Any) -> Any:
         return stream_batches(*args, first_image=first_image + (first_image > 0), **named)
@@ -324,18 +274,8 @@ def _position_off_by_one(session: Any) -> None:
     wrap(session, "stream_batches", shifted)
 
 
-def _image_hash_unchecked(cache: Any) -> None:
-    def unchecked(_: Any, this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
-        file.seek(record[0])
-        return cache.decode(file.read(record[1]), this.index.channels, this.index.size)
-
-    wrap(cache.ImageCache, "read_image", unchecked)
-
-
 _BROKEN: dict[tuple[str, str], Callable[[Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
-    ("fence-ignored", "job.coordination.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
-    ("image-hash-unchecked", "job.data.reading.cache"): _image_hash_unchecked,
 }
 """Protocols broken on purpose, by name and module: a campaign that does not report each break proves nothing."""

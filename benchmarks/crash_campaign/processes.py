@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.crash_campaign.injection import VARIABLE
 from benchmarks.crash_campaign.points import Point
 from job.exits import Exit
+from job.progress import note
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = Path(__file__).with_name("injected")
@@ -44,11 +45,17 @@ _started: set[Invocation] = set()
 """Groups that may still run. Each has its own session, so signals to this process do not reach them."""
 
 
-def destroy_all() -> None:
-    """Kills all processes that may still run; afterwards none can be started."""
-    _leaving.set()
-    for invocation in list(_started):
-        invocation.destroy()
+def destroy_at_signals() -> None:
+    """Has a signal kill all processes that may still run, and end this one; afterwards none can be started."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        _leaving.set()
+        for invocation in list(_started):
+            invocation.destroy()
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
 
 
 class BrokenError(Exception):
@@ -159,26 +166,21 @@ class Invocation:
         """Returns the processes of the group that still run, without zombies."""
         return [pid for pid, group, state in _processes() if group == self.group and state not in "ZX"]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
-        """Waits until `condition` returns a true value, and returns that.
+    def wait(self) -> int:
+        """Waits until the whole group is gone, and returns the first process's exit code.
 
         Raises:
-            BrokenError: it did not in time.
+            BrokenError: it did not end in time.
         """
-        deadline = time.monotonic() + seconds
-        while not (said := condition()):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (code := self.code) is None or self.living():
+            if time.monotonic() > deadline:
+                what = f"process {self.number} ({' '.join(self.words[1:3])})"
+                raise BrokenError(f"{what} did not end within {PATIENCE_SECONDS:g} s")
             if _leaving.is_set():
                 raise LeavingError
-            if time.monotonic() > deadline:
-                raise BrokenError(f"process {self.number} ({' '.join(self.words[1:3])}) {what} within {seconds:g} s")
             time.sleep(POLL_SECONDS)
-        return said
-
-    def wait(self) -> int:
-        """Waits until the whole group is gone, and returns the first process's exit code."""
-        self.wait_until(lambda: self.code is not None and not self.living(), "did not end")
-        code = self.code
-        if code is None or _leaving.is_set():
+        if _leaving.is_set():
             raise LeavingError
         _started.discard(self)
         return code
@@ -251,22 +253,19 @@ class Tally:
 class Attempts:
     """Starts the commands of a lane one after another, and kills some of them."""
 
-    def __init__(
-        self, name: str, folder: Path, *, sabotage: str, tell: Callable[[str], None], killed: Callable[[], None]
-    ) -> None:
+    def __init__(self, name: str, folder: Path, *, sabotage: str, killed: Callable[[], None]) -> None:
         """Prepares the processes of a lane.
 
         Args:
-            name: the lane, for the lines that `tell` prints.
+            name: the lane, for the lines that it prints.
             folder: the folder for caches, traces and outputs.
             sabotage: the protocol to break, or empty.
-            tell: prints a line.
             killed: called after each kill.
         """
         self.name, self.tally = name, Tally()
         self.place = Place(folder, folder / "cache-0", sabotage)
         self.started: list[Invocation] = []
-        self.tell, self._killed, self._caches = tell, killed, 0
+        self._killed, self._caches = killed, 0
         self._start_up_seconds, self._seconds_per_image = 0.0, 0.0
 
     def start(self, words: list[str], point: Point | None = None, place: Place | None = None) -> Invocation:
@@ -278,7 +277,7 @@ class Attempts:
     def fail(self, what: str) -> None:
         """Counts and prints a claim that does not hold."""
         self.tally.failures.append(f"{self.name}: {what}")
-        self.tell(f"FAILED  {self.name}: {what}")
+        note(f"FAILED  {self.name}: {what}")
 
     def destroy(self) -> None:
         """Kills all that still run."""
@@ -348,12 +347,12 @@ class Attempts:
         if fence:
             where = f"attempt {fence}, " + (f"{images:,} images" if images else "before a step")
         seconds = time.time() - invocation.started
-        self.tell(f"{self.name:<26} {name:<36} {where:<28} {seconds:5.1f} s")
+        note(f"{self.name:<26} {name:<36} {where:<28} {seconds:5.1f} s")
 
     def count_damage(self, point: Point, where: str) -> None:
         """Counts a damaged object and prints its place."""
         self.tally.rot[point.name] += 1
-        self.tell(f"{self.name:<26} {point.name:<36} {where}")
+        note(f"{self.name:<26} {point.name:<36} {where}")
 
     def note_pace(self, invocation: Invocation) -> float | None:
         """Returns the seconds to the end of the first step, if there was one."""

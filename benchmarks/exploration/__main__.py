@@ -1,6 +1,11 @@
-"""`python -m benchmarks.exploration`: plays the protocols in many orders, and shows the shortest that fails.
+"""Plays the real protocols over a bucket in memory, in many orders and with many faults.
 
-A scenario is played first with every single disturbance, then with random ones of more and more.
+A scenario is played first with every single disturbance, then with random ones of more and more. A schedule is a
+scenario and its disturbances, such as train:17c,40z25: request 17 never happens, since its process is killed before it,
+and at request 40 a process is suspended for 25 seconds. --list shows scenarios, letters, mutations.
+
+Exit code: 0 if all invariants hold, else 1, with the shortest schedule that fails.
+Example: python -m benchmarks.exploration --schedules 100000 --seed 1
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 
 import torch
 
@@ -27,11 +32,6 @@ from benchmarks.exploration.mutations import MUTATIONS, planted
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
 from benchmarks.exploration.world import DISTURBANCES, Disturbance, Planned, Request, Step, Violation, World
 
-EPILOG = """\
-A schedule is a scenario and its disturbances, such as train:17c,40z25: request 17 never happens, since its process is
-killed before it, and at request 40 a process is suspended for 25 seconds. --list shows scenarios, letters, mutations.
-Exit code: 0 if all invariants hold, else 1, with the shortest schedule that fails.
-Example: python -m benchmarks.exploration --schedules 100000 --seed 1"""
 READS = tuple(Planned.parse("0s,1s1,2c,3z25,4Z25,5e,6k,7w6,8o30").disturbances.values())
 WRITES = (*READS, *Planned.parse("0C,1a25,2l,3t4,4t12,5t30,6w12").disturbances.values())
 SWITCHES = tuple(Planned.parse("0s,1s,2s1").disturbances.values())
@@ -228,25 +228,16 @@ def _share(names: list[str], count: int, seed: int, index: int, processes: int) 
     return report
 
 
-def _in_turn(
-    streams: list[tuple[Scenario, Iterator[Planned | Sparse]]], most: int
-) -> Iterator[tuple[Scenario, Planned | Sparse]]:
-    rounds = zip(*(stream for _, stream in streams), strict=False)
-    scenarios = [scenario for scenario, _ in streams]
-    yield from islice(chain.from_iterable(zip(scenarios, choosers, strict=True) for choosers in rounds), most)
-
-
 def found_after(mutation: str, names: list[str], most: int, seed: int) -> tuple[int, Played | None]:
     """Returns the number of schedules until a planted mutation shows, and the shortest that shows it."""
     scenarios, count = all_scenarios(), 0
     with workplace():
-        streams = list[tuple[Scenario, Iterator[Planned | Sparse]]]()
+        streams = list[Iterator[tuple[Scenario, Planned | Sparse]]]()
         for name, _, words in (text.partition(":") for text in names):
-            measure(scenarios[name])
-            known = iter([Planned.parse(words)]) if words else None
-            streams.append((scenarios[name], known or schedules(scenarios[name], seed)))
+            measure(scenario := scenarios[name])
+            streams.append(zip(repeat(scenario), [Planned.parse(words)] if words else schedules(scenario, seed)))
         with planted(mutation):
-            for scenario, chooser in _in_turn(streams, most):
+            for scenario, chooser in islice(chain.from_iterable(zip(*streams, strict=False)), most):
                 count += 1
                 outcome = played(scenario, chooser)
                 if outcome.violation:
@@ -327,21 +318,19 @@ def listing() -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.exploration",
-        description="Plays the real protocols over a bucket in memory, in many orders and with many faults.",
-        epilog=EPILOG,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names, cores = list(all_scenarios()), len(os.sched_getaffinity(0))
-    parser.add_argument("--schedules", type=int, default=15_000, metavar="N", help="number of schedules (15,000)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of the random schedules (1)")
-    parser.add_argument("--scenarios", default="", metavar="NAMES", help="only these, such as train,pack (all)")
-    parser.add_argument("--processes", type=int, default=cores, metavar="N", help=f"processes ({cores}: all cores)")
-    parser.add_argument("--replay", default="", metavar="SCHEDULE", help="play one schedule, and show each request")
-    parser.add_argument(
-        "--mutation", default="", choices=["", *MUTATIONS], metavar="NAME", help="break this for --replay"
-    )
-    parser.add_argument("--mutations", action="store_true", help="count the schedules until each mutation is found")
-    parser.add_argument("--list", action="store_true", help="list scenarios, disturbances and mutations, and exit")
+    add = parser.add_argument
+    add("--schedules", type=int, default=15_000, metavar="N", help="number of schedules (15,000)")
+    add("--seed", type=int, default=1, metavar="S", help="seed of the random schedules (1)")
+    add("--scenarios", default="", metavar="NAMES", help="only these, such as train,pack (all)")
+    add("--processes", type=int, default=cores, metavar="N", help=f"processes ({cores}: all cores)")
+    add("--replay", default="", metavar="SCHEDULE", help="play one schedule, and show each request")
+    add("--mutation", default="", choices=["", *MUTATIONS], metavar="NAME", help="break this for --replay")
+    add("--mutations", action="store_true", help="count the schedules until each mutation is found")
+    add("--list", action="store_true", help="list scenarios, disturbances and mutations, and exit")
     options = parser.parse_args()
     options.scenarios = options.scenarios.split(",") if options.scenarios else names
     if unknown := set(options.scenarios) - set(names):

@@ -11,24 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks.__main__ import report_of, show
-from benchmarks.crash_campaign.processes import Event, destroy_all
+from benchmarks.crash_campaign.processes import Event, destroy_at_signals
 from benchmarks.goodput import accounting
 from benchmarks.goodput.accounting import WARM_STEPS, Costs, gaps, of_kind, restart_seconds
 from benchmarks.goodput.systems import LABELS, Attempt, Subject
-from benchmarks.measuring import Figure, machine
+from benchmarks.measuring import Figure, Lines, lines_png, machine
 from job.runs.outlook import interval_seconds
 from job.stop import SPOT_GRACE_SECONDS
 
@@ -38,8 +35,7 @@ GOALS = {60.0: 92, 3600.0: 99.5}
 """Of ours, in %, by the mean seconds between kills."""
 RARE_SECONDS = (600.0, 3600.0)
 CURVE_SECONDS = tuple(10 * 2 ** (i / 4) for i in range(43))
-COLORS = {"ours": "#22437c", "accelerate": "#e6a04d", "dcp": "#d1603d"}
-TICKS = {10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h"}
+TICKS = (10, 60, 600, 3600)
 TINY = ("model.channels=8", "model.norm_groups=4", "checkpoint.every_minutes=0.05")
 PATIENCE_SECONDS = 200.0
 PEER_SAVES, PEER_SAVES_SECONDS = 10, 1.0
@@ -157,7 +153,7 @@ class Measurement:
 def main() -> int:
     """Runs the benchmark; returns 1 if the model misses a measurement by more than its tolerance."""
     options, there, began = _options(), machine(), time.time()
-    signal.signal(signal.SIGTERM, _leave)
+    destroy_at_signals()
     with tempfile.TemporaryDirectory(prefix="ddpm-goodput-") as name:
         subject = Subject.prepared(Path(name), tuple(options.set))
         measurements = [Measurement(system, subject, options) for system in options.only]
@@ -169,10 +165,19 @@ def main() -> int:
     report = report_of(figures, there, began, systems=systems)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "goodput.json").write_text(json.dumps(report, indent=1) + "\n")
-    points = {one.system: [f.raw | {"goodput": f.value} for f in one.figures if f.raw["is_measured"]] for one in done}
-    (options.output / "goodput.png").write_bytes(
-        goodput_png({name: one["curve"] for name, one in systems.items()}, points)
-    )
+    lines: Lines = {}
+    for color, one in enumerate(done):
+        curve, windows = one.report["curve"], [figure for figure in one.figures if figure.raw["is_measured"]]
+        lost, again = (sum(window.raw[f"{what}_images"] for window in windows) for what in ("lost", "repeated"))
+        lines[f"{LABELS[one.system]}: {lost:,} images lost, {again:,} repeated"] = (
+            [*curve],
+            [*curve.values()],
+            f"C{color}",
+        )
+        seconds, values = [window.raw["mean_seconds"] for window in windows], [window.value for window in windows]
+        lines[f"_{one.system}"] = seconds, values, f"oC{color}"
+    png = lines_png(lines, TICKS, "mean seconds between two kills", "goodput: productive ÷ wall time, %", "linear")
+    (options.output / "goodput.png").write_bytes(png)
     show(figures, report, options.output / "goodput.json")
     for one in done:
         costs = ", ".join(f"{name.removesuffix('_seconds')} {seconds:.3g}" for name, seconds in vars(one.costs).items())
@@ -183,47 +188,6 @@ def main() -> int:
     return 1 if off and not options.quick else 0
 
 
-def goodput_png(curves: dict[str, dict[float, float]], points: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Returns a PNG of 760 × 480 pixels; each curve has its name at its last measured point, the best one on top.
-
-    Args:
-        curves: goodput in % by mean seconds between kills, for each system.
-        points: `mean_seconds`, `goodput` in %, `lost_images` and `repeated_images` of each measurement.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.6, 4.8), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for place, name in enumerate(sorted(curves, key=lambda name: -points[name][-1]["goodput"])):
-        color, measured = COLORS[name], [(point["mean_seconds"], point["goodput"]) for point in points[name]]
-        axes.plot(list(curves[name]), list(curves[name].values()), color=color, linewidth=2)
-        axes.plot(*zip(*measured, strict=True), "o", color=color, markersize=7, clip_on=False, zorder=3)
-        lost, repeated = (sum(point[f"{what}_images"] for point in points[name]) for what in ("lost", "repeated"))
-        axes.annotate(
-            f"{LABELS[name]}: {lost:,} images lost, {repeated:,} repeated",
-            measured[-1],
-            xytext=(0.32, 0.3 - 0.09 * place),
-            textcoords="axes fraction",
-            color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkB": 5, "relpos": (0, 0.5)},
-        )
-    axes.set_xscale("log")
-    axes.set_xticks(list(TICKS), list(TICKS.values()))
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel="mean time between two kills", ylabel="goodput: productive ÷ wall time, %")
-    axes.set(xlim=(10, 14_400), ylim=(0, 101))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    file = BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    destroy_all()
-    raise SystemExit(128 + number)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.goodput", description=__doc__)
     add = parser.add_argument
@@ -231,9 +195,7 @@ def _options() -> argparse.Namespace:
     add("--only", default=",".join(LABELS), metavar="SYSTEMS", help=f"of {', '.join(LABELS)}; default: all")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of ours")
     add("--quick", action="store_true", help="tiny network, two kills, all systems at once, no targets")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parents[1], metavar="FOLDER", help="of JSON and picture"
-    )
+    add("--output", type=Path, default=Path(__file__).parents[1], metavar="FOLDER", help="of JSON and picture")
     options = parser.parse_args()
     options.only = options.only.split(",")
     if unknown := set(options.only) - LABELS.keys():
