@@ -362,7 +362,7 @@ def seconds_after_stop(store: Store, stop: Stop, file: Path) -> float:
 
 @pytest.mark.parametrize("absent_url", ["reads nothing", "answers nothing"], indirect=True)
 def test_stop_is_heard_at_once(remote_bucket: str, absent_url: str, file: Path, monkeypatch) -> None:
-    """A second without load: every request would wait for its own limit of time, of ten seconds and more."""
+    """A second without load: every request would wait 7.5 s for its own limit of silence."""
     stop = Stop(30)
     file.write_bytes(bytes(LARGE_BYTES))
     point_at(absent_url, monkeypatch)
