@@ -1,9 +1,9 @@
 """Quality for the same processor time: two libraries train on Fashion-MNIST for the same number of seconds.
 
-Ours as it begins without a setting, and ours and diffusers' loop as a careful user sets them up, get a process each, one
-thread, the same images and the same processor time for the training loop. Then each samples the same number of images in
-20 DDIM steps, which do not count. KID by MobileNetV2's features compares these with held-out images; the KID of other
-real images is the floor.
+Ours as it begins without a setting, and ours and diffusers' loop as a careful user sets them up, get a process each,
+one thread, the same images and the same processor time for the training loop. Then each samples the same number of
+images in 20 DDIM steps, which do not count. KID by MobileNetV2's features compares these with held-out images; the KID
+of other real images is the floor.
 """
 
 from __future__ import annotations
