@@ -46,7 +46,7 @@ PACKED    = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench bench-check fake-gpu quality crash-test explore goodput clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-slurm test-infra infra infra-destroy lint bench bench-check fake-gpu quality fashion crash-test explore goodput clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -200,6 +200,13 @@ $(FAKE_GPU): pyproject.toml
 quality: $(QUALITY) ## Quality for the same processor seconds, against peers, on Fashion-MNIST
 	@test -d /usr/share/datasets/fashion-mnist || tests/install.sh dataset-fashion-mnist
 	.venv/bin/python -m benchmarks.quality $(ARGS)
+
+fashion: $(EVALUATES) ## Train Fashion-MNIST for about an hour on two cores; score and draw its classes
+	@test -d /usr/share/datasets/fashion-mnist || tests/install.sh dataset-fashion-mnist
+	@$(DDPM) data ensure fashion --source /usr/share/datasets/fashion-mnist --size 28 $(IN_BUCKET)
+	@$(DDPM) train --dataset fashion --epochs 8 --set model.label_dropout=0.1 --set ema.decay=0.999 $(IN_BUCKET)
+	@$(DDPM) evaluate --run fashion --count 5000 --metrics fid,kid $(IN_BUCKET)
+	@$(DDPM) sample --run fashion --seeds 0-79 --guidance 1.5 $(IN_BUCKET)
 
 crash-test: $(TESTED) ## Kill a run at points of its protocols, then at random: ARGS='--kills 100 --bucket gs'
 	.venv/bin/python -m benchmarks.crash_campaign $(call each_quoted,$(ARGS))

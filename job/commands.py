@@ -50,7 +50,7 @@ def train_command(request: TrainRequest, go: Callable[[], int] | None = None) ->
     with command_on(request, Slice(here.node, here.nodes)) as stop:
         request = request.check()
         try:
-            plan = plan_run(request, stop, gpu_gib=gpu_gib())
+            plan = plan_run(request, stop, gpu_gib=gpu_gib)
         except MissingInputError as error:
             from job.verbs.datasets import how_packed, how_to_pack
 

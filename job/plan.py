@@ -168,7 +168,7 @@ def plan_run(
     request: TrainRequest,
     stop: Stop = NEVER,
     suited: Callable[[int], dict[str, Any]] | None = None,
-    gpu_gib: float = 0.0,
+    gpu_gib: Callable[[], float] = float,
 ) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
@@ -180,7 +180,7 @@ def plan_run(
         stop: ends a wait for the bucket, now and later by the plan's stores.
         suited: returns, for a batch size, the settings that suit this machine, by key: for what the run leaves open. A
             new run keeps them.
-        gpu_gib: memory in GiB of this machine's smallest GPU; 0 without one.
+        gpu_gib: returns the memory in GiB of this machine's smallest GPU; 0 without one.
 
     Raises:
         MissingInputError: no such dataset.
@@ -200,7 +200,7 @@ def plan_run(
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     start = None
     if stored is None and not (request.from_ or request.network or request.preset_name("")):
-        start = Start.of(gpu_gib, index.size, index.images)
+        start = Start.of(gpu_gib(), index.size, index.images)
         config = draft(start.preset, request.defaults | request.changes, start.set)
     config = follow_dataset(config, index)
     if suited:

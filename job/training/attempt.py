@@ -155,7 +155,7 @@ class TrainingAttempt:
         """Plans on the main process for all: at another moment another process might see another bucket."""
 
         def plan() -> dict[str, Any]:
-            made = plan_run(self.request, self.stop, compute.suited, compute.gpu_gib())
+            made = plan_run(self.request, self.stop, compute.suited, compute.gpu_gib)
             check_world_size(self.ranks.world_size, made.config.train)
             if not is_launched():
                 check_scores_in_training(made)
