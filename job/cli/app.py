@@ -156,7 +156,7 @@ command(app, "import", "job.exchange.importing:import_run", ImportRequest)
 command(app, "export", "job.exchange.exporting:export_run", ExportRequest)
 
 
-@partial(command, app, "config", "job.config:show_config")
+@partial(command, app, "config", "job.verbs.settings:show_config")
 def config(
     begin: Annotated[str, Option("KEYS", "Only the keys that begin so, such as train or train.adam.")] = "",
     preset: Preset = "",

@@ -1,7 +1,7 @@
 """The configuration of a run, and which value wins: preset ← dataset ← `--config FILE` ← `--set key=value`.
 
 It is resolved once, when a run begins, and then stored with the run, from which every later attempt starts. `schema`
-lists the settings, and has the rules across its sections. `ddpm config` shows the settings.
+lists the settings, and has the rules across its sections. `job.verbs.settings` shows the settings.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from ddpm.catalogue import LARGEST, OneOf, takers
+from ddpm.catalogue import OneOf
 from ddpm.image_size import ImageSize
 from job.config.schema import NETWORKS, RunConfig, Section, Size, flatten, is_free, layered, validated
 from job.exits import BadConfigError, BadRequestError, MissingInputError, did_you_mean
@@ -135,10 +134,15 @@ def preset_names() -> list[str]:
 
 def pack_config(name: str) -> PackConfig | None:
     """Returns how the preset `name` packs its dataset; None without a preset of this name."""
-    return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
+    return PackConfig.model_validate(read_preset(name)["pack"]) if name in preset_names() else None
 
 
-def _preset(name: str) -> dict[str, Any]:
+def read_preset(name: str) -> dict[str, Any]:
+    """Returns the sections of a preset.
+
+    Raises:
+        BadRequestError: there is none of this name.
+    """
     if name not in (names := preset_names()):
         raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
     return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
@@ -208,7 +212,7 @@ def draft(preset: str, changes: dict[str, Any], of_start: dict[str, Any] | None 
     Raises:
         BadRequestError, BadConfigError: all errors that need no bucket.
     """
-    settings_of_preset = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    settings_of_preset = flatten({key: value for key, value in read_preset(preset).items() if key != "pack"})
     return validated(layered(settings_of_preset | {"preset": preset} | (of_start or {}), changes))
 
 
@@ -270,99 +274,6 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
             f"(ddpm runs delete {run} --yes)"
         )
     return changes
-
-
-def all_settings(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns of each key its default, its meaning, with the option that sets it instead of `--set`, and its values.
-
-    Args:
-        values: the defaults of a new run, by key; other kinds of networks have further keys.
-    """
-    rows = {}
-    for key in known_keys():
-        section, _, leaf = key.rpartition(".")
-        kinds = [kind for kind, network in NETWORKS.items() if section == "model" and leaf in network.model_fields]
-        only = takers(leaf) if section == "sample" else kinds if len(kinds) < len(NETWORKS) else []
-        field, notes = settings()[key], [description_of(key)]
-        if only:
-            notes.append(f"only for {', '.join(only)}")
-        if key in CHOSEN_ELSEWHERE:
-            notes.append(f"set by {CHOSEN_ELSEWHERE[key]}")
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-        takes = values_of(adapter.json_schema())
-        default, meaning = values.get(key, field.default), f"{'; '.join(notes)} ({takes})"
-        rows[key] = {"default": default, "meaning": meaning, "takes": takes}
-    return rows
-
-
-def values_of(schema: dict[str, Any]) -> str:
-    """Returns the values that a JSON schema permits: `integer ≥ 1`, `ddim|ddpm`, `list of number > 0 ≤ 1`."""
-    if "anyOf" in schema:
-        return " or ".join(map(values_of, schema["anyOf"]))
-    if "enum" in schema:
-        return "|".join(schema["enum"])
-    if schema["type"] == "array":
-        return f"list of {values_of(schema.get('items') or schema['prefixItems'][0])}"
-    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    # The largest limits only protect the program; no person needs to know them.
-    limits = [f"{sign} {schema[name]:,}" for name, sign in signs.items() if schema.get(name, LARGEST) < LARGEST]
-    return " ".join([schema["type"], *limits])
-
-
-def _resolved(start: Start, sets: Iterable[str], config_file: Path | None) -> dict[str, dict[str, Any]]:
-    """Returns of each key of a new run its value, and the origin of that."""
-    file, assigned = read_config_file(config_file), parse_sets(sets)
-    values = draft(start.preset, file | assigned, start.set).flat()
-    layers: dict[str, Any] = {"--set": assigned, str(config_file): file, "this machine": start.set}
-    layers[f"preset {start.preset}"] = flatten(_preset(start.preset))
-    layers["the dataset"] = {*FOLLOWS, *(key for key in CHOSEN_ELSEWHERE if key[:5] == "data.")}
-    layers["default"] = values
-    return {
-        key: {"value": values[key], "from": next(name for name, layer in layers.items() if key in layer)}
-        for key in known_keys()
-        if key in values and key != "preset"
-    }
-
-
-def show_config(
-    preset: str, sets: Iterable[str], config_file: Path | None, begin: str, *, list_all: bool, as_json: bool
-) -> None:
-    """Prints the configuration of a new run, with the origin of each value; its dataset may fill in more.
-
-    Args:
-        preset: its name; empty for what suits this machine and images of 32 pixels.
-        sets: assignments to dotted keys.
-        config_file: with further settings.
-        begin: the keys to print begin with it.
-        list_all: whether to print every key instead, with its default, its meaning and its values.
-        as_json: whether to print JSON.
-
-    Raises:
-        BadConfigError, BadRequestError, MissingInputError: as `ddpm train`, or no key begins so.
-    """
-    from rich.table import Table
-
-    from job.printing import print_json, print_table
-    from job.processes.group import gpu_gib
-
-    rows = _resolved(Start(preset, {}) if preset else Start.of(gpu_gib()), sets, config_file)
-    if list_all:
-        rows = all_settings({key: row["value"] for key, row in rows.items()})
-    chosen = {key: row for key, row in rows.items() if key.startswith(begin)}
-    if not chosen:
-        sections = dict.fromkeys(key.partition(".")[0] for key in rows)
-        raise BadRequestError(f"no key begins with {begin!r}{did_you_mean(begin, sections)} ({', '.join(sections)})")
-    if as_json:
-        print_json(chosen)
-        return
-    table = Table(box=None)
-    # A key that is cut cannot be typed.
-    table.add_column("key", no_wrap=True, overflow="fold")
-    for title in (titles := ("default", "meaning") if list_all else ("value", "from")):
-        table.add_column(title, overflow="fold")
-    for key, row in chosen.items():
-        table.add_row(key, *(shown(row[title]) for title in titles))
-    print_table(table, "no keys", wraps=True)
 
 
 def shown(value: Any) -> str:

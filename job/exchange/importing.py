@@ -12,8 +12,9 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ddpm.catalogue import LARGEST
 from ddpm.interop import NoCounterpartError
-from job.config import LARGEST, RunConfig, draft, is_free, layered, preset_names, validated
+from job.config import RunConfig, draft, is_free, layered, preset_names, validated
 from job.coordination.lease import Lease
 from job.coordination.sealed import utc_now
 from job.data.reading.order import images_at_epoch

@@ -43,7 +43,7 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     return {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
 
 
-def gpu_gib() -> float:
+def memory_of_gpu_gib() -> float:
     """Returns the memory in GiB of the smallest GPU of this machine; 0 without one."""
     gpus = range(torch.cuda.device_count())
     return min((float(torch.cuda.get_device_properties(i).total_memory) / 2**30 for i in gpus), default=0.0)

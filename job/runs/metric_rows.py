@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from job.config import LARGEST, RunConfig
+from ddpm.catalogue import LARGEST
+from job.config import RunConfig
 from job.coordination.sealed import NamedObject
 from job.exits import BadDataError
 from job.progress import note

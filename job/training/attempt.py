@@ -155,7 +155,7 @@ class TrainingAttempt:
         """Plans on the main process for all: at another moment another process might see another bucket."""
 
         def plan() -> dict[str, Any]:
-            made = plan_run(self.request, self.stop, compute.suited, compute.gpu_gib)
+            made = plan_run(self.request, self.stop, compute.suited, compute.memory_of_gpu_gib)
             check_world_size(self.ranks.world_size, made.config.train)
             if not is_launched():
                 check_scores_in_training(made)
@@ -175,7 +175,7 @@ class TrainingAttempt:
             records.put_network(plan.run, plan.config)
             records.create_config(plan.run, plan.config)
             if plan.start:
-                where = f"{compute.gpu_gib():.0f} GiB of a GPU" if ranks.device.type == "cuda" else "a CPU"
+                where = f"{compute.memory_of_gpu_gib():.0f} GiB of a GPU" if ranks.device.type == "cuda" else "a CPU"
                 of_data = f"{plan.index.images:,} images of {plan.index.size} pixels"
                 note(f"for {where} and {of_data} the run begins as with {plan.start.words}; options of yours go first")
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):

@@ -13,8 +13,9 @@ import sys
 import termios
 from contextlib import suppress
 
-from job.config import NETWORKS, all_settings, draft, known_keys, parse_sets
+from job.config import NETWORKS, draft, known_keys, parse_sets
 from job.exits import Exit
+from job.verbs.settings import all_settings
 from tests.job.command_line import ddpm, ddpm_here, on_screen, ran, refused, refuses
 
 COLUMNS = 120
