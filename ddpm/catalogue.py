@@ -209,7 +209,10 @@ class Train:
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
     batch_size: Annotated[int, Interval(ge=1, le=1_000_000), "images per optimiser step, over all processes"] = 128
-    micro_batch_size: Annotated[Count | None, "images at once per process; null: all"] = None
+    micro_batch_size: Annotated[
+        Count | Literal["auto"] | None,
+        "images at once per process; auto: as many as fit, or whole slots; null: auto on a GPU, all on a CPU",
+    ] = None
     learning_rate: Annotated[Positive, "learning rate after the warm-up"] = 2e-4
     warmup_images: Annotated[CountOrNone, "images over which the learning rate rises linearly"] = 0
     learning_rate_decay: Annotated[Decay, "decay of the learning rate after the warm-up"] = "constant"

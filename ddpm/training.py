@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, autograd, nn
 
-from ddpm import randomness
+from ddpm import memory, randomness
 from ddpm.augment import Augmentation, Latents
 from ddpm.catalogue import NetworkConfig, Train
 from ddpm.ema import Profile
@@ -70,6 +70,9 @@ class Hooks:
     step, without any effect of it."""
     before_change: Callable[[], None] = lambda: None
     """Called before weights, moments or averages change."""
+    halved: Callable[[int], None] | None = None
+    """Called with the new most images of a micro-batch when memory ran out in a step, which runs again; None: the error
+    ends the training. Only where one process adds gradients without slots."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def train(
     normalise, uncertainty = getattr(state.model, "normalise", lambda: None), getattr(state.model, "uncertainty", None)
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     ddp_weight = accelerator.num_processes / options.batch_size
-    fewest = fewest_micro_batches(slots, options, accelerator.num_processes)
+    most_images, world_size = micro_batch_images(options), accelerator.num_processes
 
     def compute(images: MicroBatch, differentiate: Callable[[Tensor], T]) -> tuple[Tensor, T]:
         """Returns the losses, and what `differentiate` makes of their sum, with these images' masks of dropout."""
@@ -204,6 +207,7 @@ def train(
 
     def should_abandon(micro_batches: int) -> bool:
         # A process that asked more often than the one with the fewest micro-batches would wait for ever.
+        fewest = fewest_micro_batches(slots, options.batch_size, most_images, world_size)
         return 0 < micro_batches < fewest and hooks.should_abandon()
 
     network.train()
@@ -213,11 +217,23 @@ def train(
     for batch in batches:
         parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
         drawn = draw(batch, state.images_seen, parts, objective, settings, device)
-        micro_batches = [[drawn.part(images) for images in cut(part, options.micro_batch_size)] for part in parts]
-        if slots:
-            losses = slots.accumulate(micro_batches, gradients_of, parameters, threads, should_abandon)
-        else:
-            losses = accumulate(micro_batches[0], backward, accelerator, network, should_abandon)
+        while True:
+            micro_batches = [[drawn.part(images) for images in cut(part, most_images)] for part in parts]
+            try:
+                if slots:
+                    losses = slots.accumulate(micro_batches, gradients_of, parameters, threads, should_abandon)
+                else:
+                    losses = accumulate(micro_batches[0], backward, accelerator, network, should_abandon)
+                break
+            except RuntimeError as error:
+                failed_images = len(micro_batches[0][0].image_numbers)
+                if hooks.halved is None or failed_images == 1 or not memory.ran_out(error):
+                    raise
+            # Nothing of the step is left: the weights have not changed, and all is drawn by the images' numbers.
+            state.model.zero_grad()
+            memory.free()
+            most_images = (failed_images + 1) // 2
+            hooks.halved(most_images)
         if losses is None:
             state.model.zero_grad()
             return
@@ -257,9 +273,14 @@ def accumulate(
     return losses
 
 
-def fewest_micro_batches(slots: Slots | None, options: Train, world_size: int) -> int:
+def micro_batch_images(options: Train) -> int | None:
+    """Returns the most images of a micro-batch at the beginning; None: all of a part."""
+    return options.micro_batch_size if isinstance(options.micro_batch_size, int) else None
+
+
+def fewest_micro_batches(slots: Slots | None, batch_size: int, most_images: int | None, world_size: int) -> int:
     """Returns how many micro-batches of a step the process has that has the fewest."""
-    ranks = [[slice(0, options.batch_size // world_size)]]
+    ranks = [[slice(0, batch_size // world_size)]]
     if slots:
         ranks = [replace(slots, rank=rank).parts() for rank in range(slots.world_size)]
-    return min(sum(len(cut(part, options.micro_batch_size)) for part in parts) for parts in ranks)
+    return min(sum(len(cut(part, most_images)) for part in parts) for parts in ranks)

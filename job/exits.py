@@ -274,7 +274,8 @@ def _out_of_memory(error: Exception) -> str:
     place, allow = ("GPU", "") if is_gpu else ("machine", "allow more (`ulimit -a`), or ")
     return (
         f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
-        "rounding and nothing else; what was saved is there, and the same command goes on from it"
+        "rounding and nothing else, or with model.gradient_checkpointing=true; a new run may have another "
+        "train.precision, train.optimizer or size; what was saved is there, and the same command goes on from it"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from ddpm import metrics, randomness
 from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
+from ddpm.memory import in_halves
 from ddpm.model import Sampling
 from ddpm.objective import Condition, Drawn, spread_over_steps
 from ddpm.state import LossLog, loss_row
@@ -153,7 +154,8 @@ def _make_features(
     """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective."""
 
     def make(piece: int, advance: Advance) -> Made:
-        parts = [features_of(extract, images, ranks.device) for images in images_of(piece, advance)]
+        seen = partial(features_of, extract, device=ranks.device)
+        parts = [part for images in images_of(piece, advance) for part in in_halves(seen, images)]
         return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     features.make_missing(make, title, stop=ranks.stop, ranks=ranks)

@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import nn
 
+from ddpm import memory
 from ddpm.catalogue import Train
 from ddpm.objective import Condition
 from ddpm.slots import Slots, kernels_of
@@ -40,7 +41,9 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     """
     cores = 1 if torch.cuda.is_available() else usable_cores()
     slots = min(_MOST_SLOTS, batch_size_images, max(cores, batch_size_images // _SLOT_IMAGES))
-    return {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
+    found = {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
+    # A GPU runs out of memory by an error, a CPU mostly by a kill, which leaves nothing to decide.
+    return found | ({"train.micro_batch_size": "auto"} if torch.cuda.is_available() else {})
 
 
 def memory_of_gpu_gib() -> float:
@@ -70,7 +73,7 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     if is_exact:
         threads = f" of {train.slot_threads} threads" if device.type == "cpu" else ""
         name += f", {train.slots} slots{threads}"
-    if train.micro_batch_size:
+    if isinstance(train.micro_batch_size, int):
         name += f", {train.micro_batch_size:,} images at once"
     return f"{name}, torch {torch.__version__}"
 
@@ -84,6 +87,33 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak
 
 
+def fitting_images(model: nn.Module, config: RunConfig, images: int, ranks: Ranks) -> int:
+    """Returns the most images, at most `images`, whose pass fits the memory of every process, by halving. Collective.
+
+    The passes are those of the model without DDP: a process that failed inside of DDP's backward would leave the others
+    waiting. The second one meets the gradients of the first, as micro-batches do.
+
+    Raises:
+        torch.OutOfMemoryError: one image does not fit some process.
+    """
+    while True:
+        failed = False
+        try:
+            for _ in range(2):
+                _pass(model, config, images, ranks.device)
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            failed = True
+        model.zero_grad()
+        if not (failures := ranks.sum(failed)[0]):
+            return images
+        memory.free()
+        if images == 1:
+            raise torch.OutOfMemoryError(f"one image does not fit {failures} of {ranks.world_size} processes")
+        images = (images + 1) // 2
+
+
 def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
     """Makes DDP lay out its gradient buckets as it will keep them, by a pass whose gradients are dropped. Collective.
 
@@ -91,11 +121,16 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
     resumed run would be rounded otherwise than an uninterrupted one. The pass has as many images as a step: for another
     number the network would be compiled once more.
     """
+    _pass(network, config, images, device)
+    network.zero_grad()
+
+
+def _pass(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
+    """Passes black images forward and backward through a network."""
     x = torch.zeros(images, *config.image_shape, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None
     estimate = x if config.diffusion.self_conditioning else None
     network(x, torch.zeros(images, device=device), Condition(labels, estimate)).sum().backward()
-    network.zero_grad()
 
 
 def why_slow(step_seconds: float, waited_seconds: float) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpm import figures
 from ddpm.grids import find_grid, numbered_points
+from ddpm.memory import in_halves
 from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.process import Point, VarianceExploding
 from ddpm.samplers import Walk, beginning, from_noise
@@ -142,10 +143,13 @@ class Painter(Model):
             (self.check_agreed if done <= agreements else self.check_stopped)()
             bar.update(len(seeds) * min(done, agreements) / agreements)
 
+        def sampled(places: Sequence[int]) -> np.ndarray:
+            some = [seeds[place] for place in places]
+            return kept(self.sample_alone(some, sampling, after_evaluation, route.walk_of(places)))
+
         with Progress(title, total=len(seeds)) as bar:
             for places in mine:
-                some = [seeds[place] for place in places]
-                made.append(kept(self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))))
+                made.extend(in_halves(sampled, places))
             while done < agreements:
                 after_evaluation()
             self.agreement.finish()
@@ -194,8 +198,11 @@ class Painter(Model):
                 self.check_stopped()
                 advance(part)
 
-            some = [seeds[place] for place in places]
-            yield self.sample_alone(some, sampling, after_evaluation, route.walk_of(places))
+            def sampled(places: Sequence[int], after: Callback = after_evaluation) -> np.ndarray:
+                some = [seeds[place] for place in places]
+                return self.sample_alone(some, sampling, after, route.walk_of(places))
+
+            yield from in_halves(sampled, places)
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """Returns a GIF of the denoising of a few seeds: a frame for each of at most `GIF_FRAMES` moments."""
