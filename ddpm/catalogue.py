@@ -215,7 +215,9 @@ class Train:
     learning_rate_decay: Annotated[Decay, "decay of the learning rate after the warm-up"] = "constant"
     decay_images: Annotated[CountOrNone, "images seen when inverse_root starts or cosine ends"] = 0
     optimizer: Annotated[
-        Literal["adam", "muon"], "muon: orthogonal steps for matrices and convolutions; it learns from fewer images"
+        Literal["adam", "adamw8bit", "muon"],
+        "adamw8bit: Adam's moments in 2 bytes a weight instead of 8; "
+        "muon: orthogonal steps for matrices and convolutions, which learn from fewer images",
     ] = "adam"
     adam_betas: Annotated[tuple[Below1, Below1], "decay of Adam's two moments"] = (0.9, 0.999)
     adam_eps: Annotated[Positive, "Adam's epsilon, added to the second moment's root"] = 1e-8

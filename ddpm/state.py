@@ -67,7 +67,7 @@ class TrainState:
         named = dict(self.model.named_parameters())
         moments = {
             f"{moment}.{name}": tensor
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in self.optimizer.MOMENTS
             for name, tensor in getattr(self.optimizer, moment).items()
         }
         return {
