@@ -1,4 +1,4 @@
-"""The state of training: weights, averages, moments and sums of losses, on the device."""
+"""The state of training: weights, averages, moments and sums of losses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def loss_row(sums: Tensor) -> dict[str, float]:
 
 @dataclass
 class TrainState:
-    """Everything that changes in training, on the device."""
+    """Everything that changes in training: on the device, but for averages in host memory."""
 
     model: nn.Module
     averages: dict[str, EMA]
@@ -63,7 +63,8 @@ class TrainState:
     """`images_seen` before the first step whose gradient was not finite, or -1."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the live tensors of a checkpoint, by group."""
+        """Returns the live tensors of a checkpoint, by group. After later steps `finish_averages` makes them whole."""
+        self.finish_averages()
         named = dict(self.model.named_parameters())
         moments = {
             f"{moment}.{name}": tensor
@@ -76,6 +77,16 @@ class TrainState:
             "optimizer": moments,
         }
 
+    def before_change(self) -> None:
+        """Returns when the weights may change: averages in host memory have theirs."""
+        for average in self.averages.values():
+            average.before_change()
+
+    def finish_averages(self) -> None:
+        """Returns when the averages hold all steps."""
+        for average in self.averages.values():
+            average.finish()
+
     def resume_at(self, images_seen: int, batch_size_images: int) -> None:
         """Sets the progress after the tensors are restored; Adam's step count follows from it."""
         self.images_seen = images_seen
@@ -83,7 +94,9 @@ class TrainState:
             step.fill_(images_seen // batch_size_images)
 
 
-def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
+def create_state(
+    model: nn.Module, train: Train, averages: Iterable[str], kind_of_average: type[EMA] = EMA
+) -> TrainState:
     """Returns an initial state on the model's device, with averages of these names.
 
     The frozen parts of the model get no gradient.
@@ -92,7 +105,7 @@ def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> Tra
     for name in [name for name in learnt if name.startswith(train.freeze)]:
         learnt.pop(name).requires_grad_(False)
     optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
-    shadows = {name: EMA(model) for name in averages}
+    shadows = {name: kind_of_average(model) for name in averages}
     return TrainState(model, shadows, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
 

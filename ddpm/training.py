@@ -182,7 +182,7 @@ def train(
     """
     options, device, parameters = settings.train, state.first_nonfinite.device, learnt_parameters(network)
     # EDM2 has both: the second balances the noise levels.
-    normalise, uncertainty = getattr(state.model, "normalise", lambda: None), getattr(state.model, "uncertainty", None)
+    normalise, uncertainty = getattr(state.model, "normalise", None), getattr(state.model, "uncertainty", None)
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     ddp_weight = accelerator.num_processes / options.batch_size
     fewest = fewest_micro_batches(slots, options, accelerator.num_processes)
@@ -209,7 +209,8 @@ def train(
     network.train()
     # Not before a step, which may be left without any effect.
     hooks.before_change()
-    normalise()
+    if normalise is not None:
+        normalise()
     for batch in batches:
         parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
         drawn = draw(batch, state.images_seen, parts, objective, settings, device)
@@ -226,12 +227,15 @@ def train(
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         hooks.before_change()
+        state.before_change()
         state.optimizer.step(learning_rate_at(options, state.images_seen), threads)
         state.images_seen += options.batch_size
         for name, profile in settings.averages.items():
             decay = profile.decay_at(state.images_seen, options.batch_size)
             state.averages[name].update(state.model, decay)
-        normalise()
+        if normalise is not None:
+            state.before_change()
+            normalise()
         if hooks.after_step(state):
             return
 

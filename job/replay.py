@@ -166,7 +166,7 @@ class Replay:
 
     def _compare(self, attempt: records.Attempt, config: RunConfig) -> None:
         is_exact = compute.slots_of(config.train, self.ranks) is not None
-        device = compute.describe_device(self.ranks.device, config.train, is_exact)
+        device = compute.describe_device(self.ranks.device, config.train, is_exact, config.ema.device)
         here = {"code_version": code_version(), "device": device, "is_exact": is_exact, "world_size": 1}
         for difference in records.what_is_otherwise(attempt, attempt.model_copy(update=here), "this replay"):
             if difference not in self.differences:

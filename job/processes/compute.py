@@ -57,10 +57,12 @@ def slots_of(train: Train, ranks: Ranks) -> Slots | None:
     return Slots(train.slots, train.batch_size, ranks.rank, ranks.world_size)
 
 
-def describe_device(device: torch.device, train: Train, is_exact: bool = False) -> str:
+def describe_device(device: torch.device, train: Train, is_exact: bool = False, of_averages: str | None = None) -> str:
     """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) + ", compiled" * train.compile
+        if of_averages == "cpu":
+            name += ", averages on the CPU"
     else:
         kernels = kernels_of(train.precision == "bf16")
         name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"

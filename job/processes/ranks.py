@@ -77,6 +77,11 @@ class Ranks:
         self._wait(dist.all_reduce(sums, group=self._group, async_op=True))
         return tuple(sums.tolist())
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Gives all processes the main one's values, on a GPU or in host memory, which NCCL cannot send. Collective."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0, group=self._group if tensor.device.type == "cpu" else None)
+
     def _wait(self, work: dist.Work) -> None:
         while not work.is_completed():
             self.stop()

@@ -435,6 +435,7 @@ class TrainingSession(Loop):
         if self.state.images_seen == self.saved_images:
             return
         self._check_finite()
+        self.state.finish_averages()
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
         self.attempt.on_main(lambda recorder: recorder.save(loss_sums))

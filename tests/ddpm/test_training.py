@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing, nn
 from ddpm import training
 from ddpm.augment import Augmentation
 from ddpm.catalogue import NETWORKS, Diffusion, Train
-from ddpm.ema import Exponential, PowerFunction
+from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
 from ddpm.process import Prediction, make_process
@@ -36,6 +36,7 @@ CASES: list[dict[str, Any]] = [
     {"kind": "unet", "network": {"dropout": 0.1}, "micro_batch_size": 1, "memory_format": torch.channels_last},
     {"kind": "unet", "network": {"dropout": 0.1, "gradient_checkpointing": True}, "precision": torch.bfloat16},
     {"kind": "unet", "optimizer": "muon"},
+    {"kind": "unet", "optimizer": "adamw8bit"},
 ]
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1, backward=Tensor.backward)
 ON = training.Hooks(lambda state: False)
@@ -77,6 +78,7 @@ def learnt(
     seconds: float = 0.0,
     hooks: training.Hooks = ON,
     network: dict[str, Any] | None = None,
+    average: type[EMA] = EMA,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Returns weights, moments, averages and sums of the losses after some steps."""
@@ -86,7 +88,7 @@ def learnt(
     model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
         memory_format=memory_format
     )
-    state = create_state(model, settings.train, settings.averages)
+    state = create_state(model, settings.train, settings.averages, average)
     places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
     batches = [
         SimpleNamespace(
@@ -153,6 +155,27 @@ def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
     for count in (1, 3):
         late = learnt(slots, threads=Threads(count), seconds=0.02 * (count > 1), **case)
         assert all(torch.equal(value, late[name]) for name, value in alone.items())
+
+
+class LateAverage(HostEMA):
+    """An average whose thread begins when the next step has long had its gradient."""
+
+    def _add(self, *how: Any) -> None:
+        time.sleep(0.3)
+        super()._add(*how)
+
+
+@pytest.mark.parametrize("kind", ["unet", "edm2"])
+def test_late_averages_change_no_bit(kind: str) -> None:
+    """`edm2` changes its weights after its averages, too."""
+    steps: list[dict[str, Tensor]] = []
+    for average in (EMA, LateAverage):
+        hooks = training.Hooks(lambda state: steps.append(tensors_of(state)) or state.images_seen > 2 * BATCH_IMAGES)
+        steps.append(learnt(None, kind=kind, steps=5, average=average, hooks=hooks))
+        steps.append(learnt(None, kind=kind, steps=3, average=average))
+    assert len(steps) == 10
+    for now, later in zip(steps[:5], steps[5:], strict=True):
+        assert all(torch.equal(value, later[name]) for name, value in now.items())
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,16 @@ def training_noise(seed, image_numbers, *how):
 
 randomness.training_noise = training_noise
 """
+LATE = """
+import time
+add = HostEMA._add
+
+def late(*how):
+    time.sleep(0.05)
+    add(*how)
+
+HostEMA._add = late
+"""
 HOLDS = """
 import hashlib
 resumes = TrainingAttempt._restore
@@ -309,7 +319,7 @@ TrainingAttempt._restore = held
 @pytest.fixture
 def started(place, tmp_path):
     """Starts a command whose processes stop themselves at an image."""
-    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT)
+    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT, ddpm__ema=LATE)
 
     def started(run, precision, processes, stop_at_image, *options, **variables):
         network = settings(train__precision=precision, **ALL_THAT_IS_DRAWN)
@@ -333,15 +343,20 @@ def losses_of(run):
 
 
 @pytest.mark.slow
-def test_killed_and_moved_processes_leave_the_same_bits(place, started):
-    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4."""
+@pytest.mark.parametrize("setting", ["train.optimizer=adam", "train.optimizer=adamw8bit", "ema.device=cpu"])
+def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
+    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4.
+
+    Averages in host memory have the bits of those on the device.
+    """
+    whole_run, moved_run = (f"{name}-{setting.partition('=')[2]}" for name in ("stayed", "parted"))
     words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
-    words += ("--set", "checkpoint.every_minutes=0.001")
-    ended = started("stayed", "fp32", 1, 10**9, *words)
-    stopped(started("parted", "fp32", 2, 130, *words))
-    assert started("parted", "fp32", 1, 250, *words, KILL="9").wait(250) == 137
-    assert started("parted", "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
-    moved = started("parted", "fp32", 4, 10**9, *words)
+    words += ("--set", "checkpoint.every_minutes=0.001", "--set", setting)
+    ended = started(whole_run, "fp32", 1, 10**9, *words, *(("--set", "ema.device=null") if "ema" in setting else ()))
+    stopped(started(moved_run, "fp32", 2, 130, *words))
+    assert started(moved_run, "fp32", 1, 250, *words, KILL="9").wait(250) == 137
+    assert started(moved_run, "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
+    moved = started(moved_run, "fp32", 4, 10**9, *words)
     said, _ = moved.communicate(timeout=250)
     assert moved.returncode == ended.wait(250) == 0
     assert "rounding differs" not in said
@@ -355,7 +370,7 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started):
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
         return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
 
-    (*whole, drawn), (*parted, drawn_again) = result("stayed"), result("parted")
+    (*whole, drawn), (*parted, drawn_again) = result(whole_run), result(moved_run)
     assert (whole[0], parted[0]) == (1, 4)
     assert whole[1:] == parted[1:]
     # The title above the pictures has the name of the run.
