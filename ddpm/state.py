@@ -19,26 +19,33 @@ LOSS_QUANTUM = 2.0**-32
 
 
 class LossLog:
-    """Loss sums since the last row of the log, overall and by timestep quartile, kept on the device.
+    """Loss sums since the last row of the log, overall and by timestep quartile; the host adds, as MPS has no float64.
 
-    `sums` is float64 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
+    `sums` is float64 [2, 1 + QUARTILES] on the host: loss sums in the first row, image counts in the second.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64)
+        self._device, self._added = device, list[Tensor]()
 
     def add(self, losses: Tensor, quartiles: Tensor) -> None:
         """Adds `losses` [b] of these `quartiles` [b], without waiting for the device."""
-        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
-        member = torch.cat([torch.ones_like(member[:1]), member])
-        rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
-        self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
+        self._added.append(torch.stack([losses, quartiles]))
 
     def reduced(self) -> Tensor:
-        """Returns the sums over all processes. Collective if there are several."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        """Returns the sums over all processes. Waits for the device; collective if there are several processes."""
+        if self._added:
+            losses, quartiles = torch.cat(self._added, dim=1).cpu().double()
+            self._added.clear()
+            member = (quartiles == torch.arange(QUARTILES)[:, None]).double()
+            member = torch.cat([torch.ones_like(member[:1]), member])
+            rounded = (losses / LOSS_QUANTUM).round() * LOSS_QUANTUM
+            self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
+        if not dist.is_initialized():
+            return self.sums.clone()
+        # A backend of GPUs takes no tensor of the host.
+        sums = self.sums.to(self._device, copy=True)
+        dist.all_reduce(sums)
         return sums
 
 

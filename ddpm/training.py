@@ -17,6 +17,7 @@ from torch import Tensor, autograd, nn
 from ddpm import randomness
 from ddpm.augment import Augmentation, Latents
 from ddpm.catalogue import NetworkConfig, Train
+from ddpm.device import copies_beside, exact_device
 from ddpm.ema import Profile
 from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
@@ -79,7 +80,7 @@ class MicroBatch:
     image_numbers: np.ndarray
     """int64 [b], on the host."""
     numbers: Tensor
-    """The same on the device."""
+    """The same on the device that draws."""
     images: Tensor
     points: Tensor
     """See `Objective.draw`."""
@@ -133,18 +134,19 @@ def draw(
     on_host, size = torch.from_numpy(batch.image_numbers), ImageSize(*batch.images.shape[-2:])
     points = [objective.draw(options.seed, on_host[part], options.batch_size) for part in parts]
     augmentations = [settings.augmentation.draw(options.seed, on_host[part], size) for part in parts]
-    numbers, labels = on_host.to(to, non_blocking=True), batch.labels
+    beside = copies_beside(to)
+    numbers, labels = on_host.to(exact_device(to), non_blocking=beside), batch.labels
     if labels is not None:
-        labels = labels.to(to, non_blocking=True)
+        labels = labels.to(to, non_blocking=beside)
         if network.label_dropout:
             dropped = randomness.drops_label(options.seed, numbers, network.label_dropout)
-            labels = torch.where(dropped, network.num_classes or 0, labels)
+            labels = torch.where(dropped.to(to), network.num_classes or 0, labels)
     return MicroBatch(
         image_numbers=batch.image_numbers,
         numbers=numbers,
-        images=batch.images.to(to, non_blocking=True),
-        points=torch.cat(points, dim=1).to(to, non_blocking=True),
-        augmentations=torch.cat(augmentations).to(to, non_blocking=True),
+        images=batch.images.to(to, non_blocking=beside),
+        points=torch.cat(points, dim=1).to(to, non_blocking=beside),
+        augmentations=torch.cat(augmentations).to(to, non_blocking=beside),
         labels=labels,
         # One decision for all images saves the first pass in half of the batches.
         conditions_on_itself=objective.diffusion.self_conditioning

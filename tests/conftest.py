@@ -40,6 +40,8 @@ if "DDPM_TESTS" not in os.environ:
     os.environ["DDPM_TARGETS"] = str(no_targets)
     # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # The tests compare bits of CPUs, also on a Mac.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 # Under nohup, or behind a script's `&`, children would inherit that these are ignored. Those that are caught are theirs
 # again, and still end nothing here.

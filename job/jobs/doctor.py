@@ -25,6 +25,7 @@ from job.exits import Exit, JobError
 from job.jobs.backends import Check
 from job.jobs.targets import Target, target_on
 from job.processes.group import check_gpus, local_gpus
+from job.processes.platform import allocate
 from job.progress import note
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store
@@ -133,7 +134,7 @@ def _free_bytes(folder: Path, variable: str) -> int:
     with os_errors(f"{folder}, which {variable} moves"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, SHARD_PIXEL_BYTES)
+            allocate(file.fileno(), SHARD_PIXEL_BYTES)
         return shutil.disk_usage(folder).free
 
 

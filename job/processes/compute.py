@@ -13,8 +13,8 @@ from ddpm.catalogue import Train
 from ddpm.objective import Condition
 from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
-from job.processes.group import usable_cores
-from job.processes.ranks import Ranks
+from job.processes.platform import system_version, usable_cores
+from job.processes.ranks import Ranks, own_device
 
 _BF16 = ("avx512_bf16", "amx_bf16")
 """The instructions with which a CPU computes in bf16."""
@@ -26,8 +26,11 @@ _SLOT_IMAGES = 8
 
 def best_precision() -> Literal["fp32", "bf16"]:
     """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
-    if torch.cuda.is_available():
+    if own_device().type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Nobody has measured whether autocast pays on Apple's GPUs.
+    if own_device().type == "mps":
+        return "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if any(capabilities.get(name) for name in _BF16) else "fp32"
 
@@ -38,7 +41,7 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     Slots are at least as many as the CPU has threads, or eight, and then as many as the batch has parts of eight
     images: they cost nothing that sharing a batch among threads does not cost anyway.
     """
-    cores = 1 if torch.cuda.is_available() else usable_cores()
+    cores = usable_cores() if own_device().type == "cpu" else 1
     slots = min(_MOST_SLOTS, batch_size_images, max(cores, batch_size_images // _SLOT_IMAGES))
     return {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
 
@@ -61,6 +64,8 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) + ", compiled" * train.compile
+    elif device.type == "mps":
+        name = f"{torch.backends.mps.get_name()} (mps), {system_version()}"
     else:
         kernels = kernels_of(train.precision == "bf16")
         name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
@@ -76,7 +81,9 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the peak of a GPU's memory since the last call; on a CPU the memory of the process."""
+    """Returns the peak of a GPU's memory since the last call; what Apple's holds; on a CPU that of the process."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if device.type != "cuda":
         return int(psutil.Process().memory_info().rss)
     peak = torch.cuda.max_memory_allocated(device)

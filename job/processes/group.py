@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
+from job.processes.platform import usable_cores
 from job.stop import count_of
 
 MEETING_SECONDS = 600.0
@@ -30,8 +31,6 @@ JOB = "DDPM_JOB"
 GPUS = "DDPM_GPUS"
 """The variable that holds the number of GPUs that the job has on each machine; its engine sets it."""
 DRIVER = Path("/proc/driver/nvidia")
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""The file that holds a container's `QUOTA PERIOD` in microseconds (docs.kernel.org/admin-guide/cgroup-v2.html)."""
 
 PLACES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(MPI_LOCALR|PMI_R)ANK.*|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+")
 """The variables in which this launcher and others describe a process's place in a group."""
@@ -108,16 +107,6 @@ class Group:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
-
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may use at once: its affinity, or its container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    # Without a limit the quota is the word "max".
-    with suppress(OSError, ValueError):
-        quota, period = map(int, CPU_LIMIT.read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
+from ddpm.device import best_device
 from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.process import Point, VarianceExploding
@@ -387,7 +388,7 @@ def load_run(
     named = network if isinstance(network, str) else name_of(network)
     request = SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen, network=named)
     plan = plan_sampling(request.check())
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = torch.device(device or best_device())
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
     model = model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)

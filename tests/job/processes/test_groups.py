@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from job.exits import BadRequestError, JobError, MissingInputError, Restart, restart_after
-from job.processes import group
+from job.processes import group, platform
 from job.processes.group import Group
 from job.processes.ranks import Agreement
 from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest
@@ -49,7 +49,7 @@ def test_the_environment_describes_the_group():
 def test_threads_follow_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(group, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(platform, "CPU_LIMIT", tmp_path / "cpu.max")
     limits = [("", 2, 32), ("max 100000", 1, 64), ("850000 100000", 2, 4), ("50000 100000", 1, 1)]
     for limit, processes, threads in limits:
         (tmp_path / "cpu.max").write_text(limit)
