@@ -102,7 +102,7 @@ def machine_checks() -> Iterator[Check]:
 
 def _found_gpus(gpus: int) -> str:
     check_gpus()
-    return f"{gpus} by NVIDIA's driver" if gpus else "no NVIDIA GPU: jobs here compute on the CPU"
+    return f"{gpus} by NVIDIA's driver" if gpus else "no NVIDIA GPU"
 
 
 def _shared_memory(gpus: int) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, StoppedError, state_after
-from job.processes.group import DRIVER, JOB, PLACES, Group
+from job.processes.group import JOB, PLACES, Group, has_driver
 from job.processes.platform import end_with_parent
 from job.stop import (
     HEARTBEATS,
@@ -150,7 +150,7 @@ def early_ranks(processes: int | None, hang_after_seconds: float) -> AbstractCon
 
     It also yields None if the number of ranks is that of the GPUs: PyTorch would have to be loaded to count them.
     """
-    if is_rank() or (processes is None and DRIVER.exists()):
+    if is_rank() or (processes is None and has_driver()):
         return nullcontext()
     return launching(this_command(), processes or 1, hang_after_seconds)
 

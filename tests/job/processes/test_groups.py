@@ -61,7 +61,7 @@ def test_threads_follow_the_cores(tmp_path, monkeypatch):
 
 
 def test_missing_gpus_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(group, "DRIVER", tmp_path)
+    monkeypatch.setattr(group, "DRIVERS", (tmp_path / "none", tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(group, "_cuda", lambda: ("13.0", 1, 80.0))
         for given in ("", "0", "1"):
