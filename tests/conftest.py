@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
 SMALL_DISK_BYTES = 2 << 20
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc or makes a namespace")
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +126,8 @@ def new_bucket(which: str, request: pytest.FixtureRequest, monkeypatch: pytest.M
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MiB: a tmpfs, which an ordinary user gets from a namespace of their own."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux mounts a tmpfs")
     folder = tmp_path / "small-disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES},mode=777", "tmpfs", str(folder)]
