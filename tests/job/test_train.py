@@ -240,6 +240,7 @@ def test_a_run_that_saves_often_keeps_its_last_epochs(packed):
     assert kept(packed, "often") == there
 
 
+@pytest.mark.slow
 def test_grids_come_ever_more_rarely(packed, monkeypatch):
     """An attempt that ended between the checkpoint and its grid leaves the grid to the next one."""
     monkeypatch.setattr(session, "GRIDS_SHARE", float("inf"))
