@@ -13,6 +13,7 @@ from ddpm.catalogue import Train
 from ddpm.ema import EMA
 from ddpm.objective import QUARTILES
 from ddpm.optimizer import OPTIMIZERS, Adam
+from ddpm.precision import LossScale
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
@@ -67,7 +68,9 @@ class TrainState:
     log: LossLog
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
-    """`images_seen` before the first step whose gradient was not finite, or -1."""
+    """`images_seen` before the first step whose gradient was not finite, though its loss was not scaled up; or -1."""
+    loss_scale: LossScale | None = None
+    """In fp16 alone."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Returns the live tensors of a checkpoint, by group."""
@@ -80,14 +83,15 @@ class TrainState:
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
             **{name: dict(average.shadow) for name, average in self.averages.items()},
-            "optimizer": moments,
+            "optimizer": moments | ({"loss_scale": self.loss_scale.values} if self.loss_scale else {}),
         }
 
     def resume_at(self, images_seen: int, batch_size_images: int) -> None:
         """Sets the progress after the tensors are restored; Adam's step count follows from it."""
         self.images_seen = images_seen
+        left_out = self.loss_scale.left_out if self.loss_scale else 0
         for step in self.optimizer.steps.values():
-            step.fill_(images_seen // batch_size_images)
+            step.fill_(images_seen // batch_size_images - left_out)
 
 
 def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
@@ -100,7 +104,14 @@ def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> Tra
         learnt.pop(name).requires_grad_(False)
     optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
     shadows = {name: EMA(model) for name in averages}
-    return TrainState(model, shadows, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
+    return TrainState(
+        model,
+        shadows,
+        optimizer,
+        LossLog(device),
+        first_nonfinite=torch.tensor(-1, device=device),
+        loss_scale=LossScale(device) if train.precision == "fp16" else None,
+    )
 
 
 def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:

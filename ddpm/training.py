@@ -188,6 +188,8 @@ def train(
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     ddp_weight = accelerator.num_processes / options.batch_size
     fewest = fewest_micro_batches(slots, options, accelerator.num_processes)
+    # A view: it has the factor of each step.
+    factor = state.loss_scale.values[0] if state.loss_scale else torch.ones((), device=device)
 
     def compute(images: MicroBatch, differentiate: Callable[[Tensor], T]) -> tuple[Tensor, T]:
         """Returns the losses, and what `differentiate` makes of their sum, with these images' masks of dropout."""
@@ -196,7 +198,7 @@ def train(
             if uncertainty is not None:
                 u = uncertainty(images.points[0])
                 balanced = losses / u.exp() + u
-            return losses.detach(), differentiate(balanced.sum())
+            return losses.detach(), differentiate(balanced.sum() * factor)
 
     def gradients_of(images: MicroBatch) -> tuple[Tensor, Gradients]:
         return compute(images, lambda loss: [*autograd.grad(loss / options.batch_size, parameters, allow_unused=True)])
@@ -223,17 +225,24 @@ def train(
         if losses is None:
             state.model.zero_grad()
             return
-        state.log.add(torch.cat(losses), Drawn(*drawn.points).quartile)
+        if state.loss_scale:
+            torch._foreach_mul_([grad for one in parameters if (grad := one.grad) is not None], 1 / factor)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
-        bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
+        # At a larger factor it may be an overflow, and not come again.
+        bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm) & (factor <= 1)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         hooks.before_change()
-        state.optimizer.step(learning_rate_at(options, state.images_seen), threads)
+        rate = learning_rate_at(options, state.images_seen)
         state.images_seen += options.batch_size
-        for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, options.batch_size)
-            state.averages[name].update(state.model, decay)
-        normalise()
+        if state.loss_scale is None or state.loss_scale.takes_step(norm):
+            state.log.add(torch.cat(losses), Drawn(*drawn.points).quartile)
+            state.optimizer.step(rate, threads)
+            for name, profile in settings.averages.items():
+                decay = profile.decay_at(state.images_seen, options.batch_size)
+                state.averages[name].update(state.model, decay)
+            normalise()
+        else:
+            state.model.zero_grad()
         if hooks.after_step(state):
             return
 

@@ -18,18 +18,23 @@ from job.processes.ranks import Ranks, own_device
 
 _BF16 = ("avx512_bf16", "amx_bf16")
 """The instructions with which a CPU computes in bf16."""
+_FP16_CAPABILITY = (7, 0)
+"""The compute capability from which on NVIDIA's GPUs compute fast in fp16: V100, T4, RTX 20."""
 _MOST_SLOTS = 8
 """The most slots of a batch by default: each costs a pass, and a CPU keeps gradients for each thread."""
 _SLOT_IMAGES = 8
 """The images of a slot from which on its overhead is small, though all threads of a CPU have slots."""
 
 
-def best_precision() -> Literal["fp32", "bf16"]:
-    """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
-    if own_device().type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+def best_precision() -> Literal["fp32", "bf16", "fp16"]:
+    """Returns bf16 where the hardware computes in it, else fp16 on a GPU; elsewhere autocast would only be slower."""
+    device = own_device().type
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= _FP16_CAPABILITY else "fp32"
     # Nobody has measured whether autocast pays on Apple's GPUs.
-    if own_device().type == "mps":
+    if device == "mps":
         return "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if any(capabilities.get(name) for name in _BF16) else "fp32"
@@ -67,7 +72,7 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
     elif device.type == "mps":
         name = f"{torch.backends.mps.get_name()} (mps), {system_version()}"
     else:
-        kernels = kernels_of(train.precision == "bf16")
+        kernels = kernels_of(train.precision)
         name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
         if not is_exact:
             # Each thread adds up a part, so that their number decides about rounding.

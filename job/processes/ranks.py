@@ -102,11 +102,10 @@ def meet(stop: Stop) -> Ranks:
         return Ranks(PartialState(cpu=own_device().type == "cpu", timeout=timeout), stop)
 
 
-def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+def build_accelerator(deterministic: bool = False) -> Accelerator:
     """Returns the accelerator that wraps a network for training on the processes that have met.
 
     Args:
-        precision: `fp32` or `bf16`.
         deterministic: use kernels of a GPU that give equal bits each time.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -118,7 +117,8 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
         torch.backends.cudnn.benchmark = False
     return Accelerator(
         cpu=own_device().type == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        # The caller's autocast knows fp16 on a CPU too, and its loss scale is a part of the state.
+        mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 

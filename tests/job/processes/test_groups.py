@@ -290,6 +290,7 @@ def training_noise(seed, image_numbers, *how):
 
 randomness.training_noise = training_noise
 """
+OVERFLOWS = "INITIAL_SCALE, GROWTH_STEPS = 2.0**30, 3"
 HOLDS = """
 import hashlib
 resumes = TrainingAttempt._restore
@@ -309,7 +310,7 @@ TrainingAttempt._restore = held
 @pytest.fixture
 def started(place, tmp_path):
     """Starts a command whose processes stop themselves at an image."""
-    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT)
+    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT, ddpm__precision=OVERFLOWS)
 
     def started(run, precision, processes, stop_at_image, *options, **variables):
         network = settings(train__precision=precision, **ALL_THAT_IS_DRAWN)
@@ -333,15 +334,16 @@ def losses_of(run):
 
 
 @pytest.mark.slow
-def test_killed_and_moved_processes_leave_the_same_bits(place, started):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_killed_and_moved_processes_leave_the_same_bits(place, started, precision):
     """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4."""
     words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
     words += ("--set", "checkpoint.every_minutes=0.001")
-    ended = started("stayed", "fp32", 1, 10**9, *words)
-    stopped(started("parted", "fp32", 2, 130, *words))
-    assert started("parted", "fp32", 1, 250, *words, KILL="9").wait(250) == 137
-    assert started("parted", "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
-    moved = started("parted", "fp32", 4, 10**9, *words)
+    ended = started(f"stayed-{precision}", precision, 1, 10**9, *words)
+    stopped(started(f"parted-{precision}", precision, 2, 130, *words))
+    assert started(f"parted-{precision}", precision, 1, 250, *words, KILL="9").wait(250) == 137
+    assert started(f"parted-{precision}", precision, 3, 400, *words, KILL="9").wait(250) not in (0, 75)
+    moved = started(f"parted-{precision}", precision, 4, 10**9, *words)
     said, _ = moved.communicate(timeout=250)
     assert moved.returncode == ended.wait(250) == 0
     assert "rounding differs" not in said
@@ -350,13 +352,16 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started):
         run = place.run(name)
         ref = max(list_checkpoints(run))
         manifest = load_manifest(run, ref)
-        losses = [row["loss"] for row in read_rows(run, manifest.metrics, pytest.fail)]
+        losses = [(row.get("loss"), row.get("loss_scale")) for row in read_rows(run, manifest.metrics, pytest.fail)]
         assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
         return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
 
-    (*whole, drawn), (*parted, drawn_again) = result("stayed"), result("parted")
+    (*whole, drawn), (*parted, drawn_again) = result(f"stayed-{precision}"), result(f"parted-{precision}")
     assert (whole[0], parted[0]) == (1, 4)
+    # Steps are left out before and after the kills, and the scale grows between them.
+    scales = {scale for _, scale in whole[1]}
+    assert (len(scales) > 3) == (precision == "fp16")
     assert whole[1:] == parted[1:]
     # The title above the pictures has the name of the run.
     assert not (drawn != drawn_again)[len(drawn) // 4 :].any()
