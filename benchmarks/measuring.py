@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-from job.processes.platform import usable_cores
+from job.platform import usable_cores
 from job.progress import Progress
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
-from job.processes.platform import check_system
+from job.platform import check_system
 
 # The modules below import what Windows lacks.
 check_system()

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TypeVar
 
 from job.exits import BadRequestError, Exit, StoppedError
-from job.processes.platform import boot_clock, shared_memory
+from job.platform import boot_clock, shared_memory
 
 STOP_AT = "DDPM_STOP_AT"
 """The deadline in seconds of `boot_clock`, which all processes of a machine share and which counts a suspension."""

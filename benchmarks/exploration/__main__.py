@@ -31,7 +31,7 @@ from benchmarks.exploration import runtime, shared, training
 from benchmarks.exploration.mutations import MUTATIONS, planted
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
 from benchmarks.exploration.world import DISTURBANCES, Disturbance, Planned, Request, Step, Violation, World
-from job.processes.platform import usable_cores
+from job.platform import usable_cores
 
 READS = tuple(Planned.parse("0s,1s1,2c,3z25,4Z25,5e,6k,7w6,8o30").disturbances.values())
 WRITES = (*READS, *Planned.parse("0C,1a25,2l,3t4,4t12,5t30,6w12").disturbances.values())

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
-from job.processes.platform import boot_clock
+from job.platform import boot_clock
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 

@@ -24,8 +24,8 @@ from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import Check
 from job.jobs.targets import Target, target_on
+from job.platform import allocate
 from job.processes.group import check_gpus, local_gpus
-from job.processes.platform import allocate
 from job.progress import note
 from job.runs.layout import RUNS
 from job.store import Retry, is_remote, open_store

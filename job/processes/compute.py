@@ -13,7 +13,7 @@ from ddpm.catalogue import Train
 from ddpm.objective import Condition
 from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
-from job.processes.platform import system_version, usable_cores
+from job.platform import system_version, usable_cores
 from job.processes.ranks import Ranks, own_device
 
 _BF16 = ("avx512_bf16", "amx_bf16")

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
-from job.processes.platform import usable_cores
+from job.platform import usable_cores
 from job.stop import count_of
 
 MEETING_SECONDS = 600.0

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, StoppedError, state_after
+from job.platform import end_with_parent
 from job.processes.group import JOB, PLACES, Group, has_driver
-from job.processes.platform import end_with_parent
 from job.stop import (
     HEARTBEATS,
     STOP_SIGNALS,

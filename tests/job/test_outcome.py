@@ -17,7 +17,7 @@ import torch
 
 from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BadRequestError, BucketAwayError, LostRunError, StoppedError
-from job.processes.platform import boot_clock
+from job.platform import boot_clock
 from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
 from tests.conftest import only_linux

@@ -30,7 +30,7 @@ from job.data.images import Recipe, RejectedImageError, codec_versions, decode, 
 from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
-from job.processes.platform import allocate
+from job.platform import allocate
 from job.progress import Progress
 from job.stop import NEVER, STOP_POLL_SECONDS, Stop, in_order
 from job.store import Store, open_to_read, split_uri

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job import platform
 from job.exits import BadRequestError, JobError, MissingInputError, Restart, restart_after
-from job.processes import group, platform
+from job.processes import group
 from job.processes.group import Group
 from job.processes.ranks import Agreement
 from job.runs.checkpoints import RUN_CONFIG, list_checkpoints, load_manifest

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from job import platform
 from job.coordination.lease import ProcessIdentity
-from job.processes import platform
 from tests.job.command_line import ddpm, environment, refused, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import children, eventually, is_gone, ready_pids, start
@@ -48,7 +48,7 @@ os.readlink, ctypes.CDLL = no_proc, NoPrctl
 @pytest.fixture
 def elsewhere(tmp_path) -> dict[str, str]:
     """Variables of processes that lack what only Linux has."""
-    return {"PYTHONPATH": hooked(tmp_path / "hooks", job__processes__platform=WITHOUT)}
+    return {"PYTHONPATH": hooked(tmp_path / "hooks", job__platform=WITHOUT)}
 
 
 @pytest.fixture(params=[False, True], ids=["Linux", "elsewhere"])
@@ -65,7 +65,7 @@ def here(request, monkeypatch) -> bool:
 @pytest.mark.slow
 def test_every_command_runs_without_what_only_linux_has(tmp_path, elsewhere):
     """Also the resumed training, whose lease cannot know that its holder is dead: the lease expires."""
-    source = Path(platform.__file__).parents[1] / "datasets/landscape-sample.zip"
+    source = Path(platform.__file__).parent / "datasets/landscape-sample.zip"
     place = ("--bucket", tmp_path / "bucket")
     variables = {**elsewhere, "DDPM_CACHE": str(tmp_path / "cache")}
     train = ("train", "--dataset", "tiles", "--run", "a", *place, *settings(), "--processes", 2, "--stop-after", "1h")
@@ -148,6 +148,6 @@ def test_windows_is_told_of_wsl():
 
 def test_nothing_else_asks_for_the_system():
     asks = re.compile(r"sys\.platform|mac_ver|memfd_create|posix_fallocate|sched_getaffinity|CLOCK_BOOT|prctl")
-    checkout = Path(platform.__file__).parents[2]
+    checkout = Path(platform.__file__).parents[1]
     files = [path for room in ("job", "ddpm") for path in (checkout / room).rglob("*.py")]
     assert [path.name for path in files if asks.search(path.read_text())] == ["platform.py"]
