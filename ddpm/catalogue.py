@@ -121,6 +121,7 @@ Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Interval(ge=0, le=LARGEST)]
 Pair = tuple[NotNegative, NotNegative]
 Decay = Literal["constant", "inverse_root", "cosine"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Count = Annotated[int, Interval(ge=1, le=LARGEST)]
 CountOrNone = Annotated[int, Interval(ge=0, le=LARGEST)]
 
@@ -195,7 +196,7 @@ class SampleOptions:
     autoguidance_weights: Annotated[str, "weights of the network of --autoguidance; default: as --weights"] = ""
     labels: Annotated[tuple[CountOrNone, ...], "class numbers that the seeds take in turn; empty: all"] = ()
     weights: Annotated[str, "weights to use: ema, ema-STD (other averages) or model (raw)"] = "ema"
-    precision: Annotated[Literal["auto", "fp32", "bf16"], "number format of the network; auto: as in training"] = "auto"
+    precision: Annotated[Precision, "number format of the network; auto: as in training"] = "auto"
 
     @property
     def sampler_order(self) -> int:
@@ -227,7 +228,7 @@ class Train:
     seed: Annotated[
         int, Interval(ge=0, lt=2**63), "seed of all random numbers: weights, data order, noise, dropout"
     ] = 0
-    precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
+    precision: Annotated[Precision, "auto: bf16 if the hardware has it, fp16 on other GPUs with tensor cores"] = "auto"
     exact: Annotated[
         bool | None,
         "equal bits on 1 to train.slots processes; on GPUs of one kind, where it is slower; null: only on a CPU",

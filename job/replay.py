@@ -125,7 +125,9 @@ class Replay:
             MissingInputError: the way there leads through an import.
         """
         run = self.of_run.run
-        self.state = method.initial_state(method.build_network(self.stored, self.ranks.device), self.stored)
+        # That of an import is open until a machine trains it.
+        config = self.stored.updated({"train.precision": self.stretches[-1].config.train.precision})
+        self.state = method.initial_state(method.build_network(config, self.ranks.device), config)
 
         def nearest() -> list[CheckpointRef]:
             return [ref for ref in self.checkpoints() if ref.images_seen <= image][-1:]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -92,11 +92,13 @@ class CheckpointFiles:
 
     def copy(self) -> None:
         """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
+        is_beside = self._stream is not None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        # On an Apple GPU nothing would wait for a copy beside a step, and PyTorch asks it for a stream of CUDA in vain.
+        with torch.cuda.stream(self._stream) if is_beside else nullcontext():
             for group, named in self._live.items():
-                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=True)
+                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=is_beside)
 
     def before_change(self) -> None:
         """Makes the GPU, and not this thread, wait for the copy: the next kernels change the live values."""

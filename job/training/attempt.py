@@ -174,7 +174,8 @@ class TrainingAttempt:
             records.put_network(plan.run, plan.config)
             records.create_config(plan.run, plan.config)
             if plan.start:
-                where = f"{compute.memory_of_gpu_gib():.0f} GiB of a GPU" if ranks.device.type == "cuda" else "a CPU"
+                names = {"cpu": "a CPU", "mps": "Apple's GPU"}
+                where = names.get(ranks.device.type) or f"{compute.memory_of_gpu_gib():.0f} GiB of a GPU"
                 of_data = f"{plan.index.images:,} images of {plan.index.size} pixels"
                 note(f"for {where} and {of_data} the run begins as with {plan.start.words}; options of yours go first")
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):

@@ -140,6 +140,7 @@ def test_old_checkpoints_and_leftovers_go(run):
     assert all(decisive[number - 1] == "confirm" for number in manifests)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_use_stays(run, notes):
     # Each ends an epoch.
     writer = writer_of(leased(run, checkpoint__keep_last=1))
