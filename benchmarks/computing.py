@@ -18,8 +18,9 @@ from benchmarks.measuring import Figure, faster, in_turn, timed
 from benchmarks.peers import DiffusersLoop, diffusers_sampler, diffusers_twin
 from benchmarks.subject import HALF_WIDTH, TINY, OurLoop, pack_noise, painter_of, run_config
 from ddpm.model import Sampling
+from job.platform import usable_cores
 from job.processes import compute
-from job.processes.group import Group, usable_cores
+from job.processes.group import Group
 
 IMAGES = 1024
 STEP_AT_LEAST = 1.8

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ddpm import catalogue
 from job.config import RunConfig
-from job.processes.group import usable_cores
+from job.platform import usable_cores
 
 IMAGES = 1024
 """The images that the training loop of diffusers finds in memory."""

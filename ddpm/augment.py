@@ -6,12 +6,14 @@ for every split of a batch over processes and micro-batches.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm import randomness
+from ddpm.device import exact_device
 from ddpm.image_size import ImageSize
 from ddpm.randomness import Purpose
 
@@ -108,7 +110,13 @@ def crop(x: Tensor, boxes: Tensor) -> Tensor:
 
     across, down = source(0, width)[:, None, :], source(1, height)[:, :, None]
     grid = torch.stack([across.expand(-1, height, -1), down.expand(-1, -1, width)], dim=-1)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return _grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _grid_sample(x: Tensor, grid: Tensor, **how: Any) -> Tensor:
+    """Does as PyTorch's `grid_sample`; the host computes it for `mps`, which has neither "border" nor "bicubic"."""
+    on = exact_device(x.device)
+    return F.grid_sample(x.to(on), grid.to(on), **how).to(x.device)
 
 
 def random_transforms(u: Tensor, probability: float, size: ImageSize) -> tuple[Tensor, Tensor]:
@@ -172,7 +180,7 @@ def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
         return m[:, 0] * across + m[:, 1] * down[:, None] + m[:, 2]
 
     grid = torch.stack([source(0, width), source(1, height)], dim=-1)
-    moved = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
+    moved = _grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
     return torch.where(labels[:, 2:].any(dim=1)[:, None, None, None], moved, x)
 
 

@@ -121,6 +121,7 @@ Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Interval(ge=0, le=LARGEST)]
 Pair = tuple[NotNegative, NotNegative]
 Decay = Literal["constant", "inverse_root", "cosine"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Count = Annotated[int, Interval(ge=1, le=LARGEST)]
 CountOrNone = Annotated[int, Interval(ge=0, le=LARGEST)]
 
@@ -195,7 +196,7 @@ class SampleOptions:
     autoguidance_weights: Annotated[str, "weights of the network of --autoguidance; default: as --weights"] = ""
     labels: Annotated[tuple[CountOrNone, ...], "class numbers that the seeds take in turn; empty: all"] = ()
     weights: Annotated[str, "weights to use: ema, ema-STD (other averages) or model (raw)"] = "ema"
-    precision: Annotated[Literal["auto", "fp32", "bf16"], "number format of the network; auto: as in training"] = "auto"
+    precision: Annotated[Precision, "number format of the network; auto: as in training"] = "auto"
 
     @property
     def sampler_order(self) -> int:
@@ -218,7 +219,9 @@ class Train:
     learning_rate_decay: Annotated[Decay, "decay of the learning rate after the warm-up"] = "constant"
     decay_images: Annotated[CountOrNone, "images seen when inverse_root starts or cosine ends"] = 0
     optimizer: Annotated[
-        Literal["adam", "muon"], "muon: orthogonal steps for matrices and convolutions; it learns from fewer images"
+        Literal["adam", "adamw8bit", "muon"],
+        "adamw8bit: Adam's moments in 2 bytes a weight instead of 8; "
+        "muon: orthogonal steps for matrices and convolutions, which learn from fewer images",
     ] = "adam"
     adam_betas: Annotated[tuple[Below1, Below1], "decay of Adam's two moments"] = (0.9, 0.999)
     adam_eps: Annotated[Positive, "Adam's epsilon, added to the second moment's root"] = 1e-8
@@ -228,7 +231,7 @@ class Train:
     seed: Annotated[
         int, Interval(ge=0, lt=2**63), "seed of all random numbers: weights, data order, noise, dropout"
     ] = 0
-    precision: Annotated[Literal["auto", "fp32", "bf16"], "auto: bf16 if the hardware has it"] = "auto"
+    precision: Annotated[Precision, "auto: bf16 if the hardware has it, fp16 on other GPUs with tensor cores"] = "auto"
     exact: Annotated[
         bool | None,
         "equal bits on 1 to train.slots processes; on GPUs of one kind, where it is slower; null: only on a CPU",

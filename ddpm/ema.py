@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -116,8 +117,67 @@ class EMA:
         current = [parameters[name].to(torch.float32) for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
 
+    def before_change(self) -> None:
+        """Returns when the parameters may change."""
+
+    def finish(self) -> None:
+        """Returns when `shadow` holds all updates."""
+
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the module's parameters with the average."""
+        self.finish()
         parameters = dict(model.named_parameters())
         torch._foreach_copy_([parameters[name] for name in self.shadow], list(self.shadow.values()))
+
+
+class HostEMA(EMA):
+    """An average in host memory: a thread updates it beside the next step.
+
+    From a GPU the parameters are copied to page-locked memory first. On a CPU the thread reads them where they are, and
+    its bits are those of `EMA`; on a GPU the kernel of `EMA` may round otherwise.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        device = next(iter(parameters.values())).device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.shadow = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in parameters.items()}
+        if self._stream is not None:
+            parameters = {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in parameters.items()}
+        self._read = parameters
+        self._pool, self._update = ThreadPoolExecutor(1, "average"), Future[None]()
+        self._update.set_result(None)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Begins the update of `EMA`; the parameters must not change before `before_change`."""
+        self.finish()
+        copied = None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                for name, parameter in model.named_parameters():
+                    self._read[name].copy_(parameter, non_blocking=True)
+                copied = self._stream.record_event()
+        self._update = self._pool.submit(self._add, 1 - decay, torch.get_num_threads(), copied)
+
+    @torch.no_grad()
+    def _add(self, weight: float, threads: int, copied: torch.cuda.Event | None) -> None:
+        # The setting is that of this thread.
+        torch.set_num_threads(threads)
+        if copied is not None:
+            copied.synchronize()
+        current = [self._read[name].to(torch.float32) for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), current, weight)
+
+    def before_change(self) -> None:
+        """Returns when the parameters may change: on a GPU the next kernels wait for the copy, and not this thread."""
+        if self._stream is None:
+            self.finish()
+        else:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """Returns when `shadow` holds all updates; raises the error of the last one."""
+        self._update.result()

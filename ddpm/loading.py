@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm import interop, networks
 from ddpm.catalogue import Diffusion, SampleOptions
+from ddpm.device import best_device
 from ddpm.model import Model, Sampling
 from ddpm.networks.adapter import build_adapted
 from ddpm.process import Prediction, make_process
@@ -80,7 +81,7 @@ def load(
     # A corrupt folder may raise any of these in the readers.
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or best_device())
     return Model(
         network=unet.to(device).eval().requires_grad_(False),
         process=process,
@@ -118,7 +119,7 @@ def _own_model(root: Path, device: str | torch.device | None, kind: type[torch.n
         raise ValueError(f"{root} cannot be loaded: {kind.__name__} and its weights differ in {min(differing)}")
     # Buffers are no weights: the class makes them.
     network.load_state_dict(tensors, strict=False)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or best_device())
     return Model(
         network=network.to(device).eval().requires_grad_(False),
         process=make_process(diffusion),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpm import randomness
 from ddpm.catalogue import WEIGHTINGS, Diffusion, SampleOptions
+from ddpm.device import exact_device
 from ddpm.process import Number, Point, Prediction, Process, VariancePreserving, points_of
 
 SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
@@ -267,10 +268,15 @@ def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | flo
     scale = _exp(-log_variance / 2)
     z, half = (x - mean) * scale, scale / 255
     # By symmetry in the left tail, where the logarithm of a small probability keeps its digits.
-    upper, lower = torch.special.log_ndtr(half - z.abs()), torch.special.log_ndtr(-half - z.abs())
+    upper, lower = _log_ndtr(half - z.abs()), _log_ndtr(-half - z.abs())
     inside = upper + (-torch.expm1(lower - upper)).log()
-    darkest, brightest = torch.special.log_ndtr(half + z), torch.special.log_ndtr(half - z)
+    darkest, brightest = _log_ndtr(half + z), _log_ndtr(half - z)
     return torch.where(x < -1 + 1 / 255, darkest, torch.where(x > 1 - 1 / 255, brightest, inside))
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """Returns the logarithm of the normal distribution's cumulative function; the host computes it for `mps`."""
+    return torch.special.log_ndtr(x.to(exact_device(x.device))).to(x.device)
 
 
 def bits(nats: Tensor) -> Tensor:

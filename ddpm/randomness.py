@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ddpm.device import exact_device
+
 Word = Tensor | int
 """A 32-bit word, in an int64 tensor or a Python int. Tensors of words broadcast against each other."""
 
@@ -177,8 +179,7 @@ def _first_word(purpose: Purpose, numbers: Tensor, seed: int) -> Tensor:
 
 def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], device: torch.device | str) -> Tensor:
     """Returns float32 [B, *shape] for `number` or `seed` [B]: value i of an image is word i mod 4 of block i div 4."""
-    # MPS has no float64.
-    compute_device = "cpu" if torch.device(device).type == "mps" else device
+    compute_device = exact_device(device)
     number, seed = (x[:, None].to(compute_device) if isinstance(x, Tensor) else x for x in (number, seed))
     length = math.prod(shape)
     blocks = torch.arange(math.ceil(length / 4), device=compute_device)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.precision import FORMATS, autocast
 from ddpm.threads import Threads
 
 Node = tuple[int, int]
@@ -37,18 +38,18 @@ _SHAPES = (2, 3, 16, 16), (128, 3, 3, 3), (128, 128, 3, 3), (384, 128)
 """Two images, the weights of two convolutions, and a matrix; large enough for kernels that add up in parts."""
 
 
-def kernels_of(is_bf16: bool) -> str:
+def kernels_of(precision: str) -> str:
     """Returns a fingerprint of a CPU's kernels: eight digits of the SHA-256 of what one thread computes with them.
 
     Libraries choose kernels by the processor and by variables such as MKL_CBWR, and say nothing. Fixed values pass
     forward and backward through convolutions, normalisations, products of matrices and of a vector, and attention: in
-    fp32, and with `is_bf16` under autocast too.
+    fp32, and in the precision of the settings too.
     """
     sha256 = hashlib.sha256()
     with Threads(1).outside():
-        for precision in (torch.float32, torch.bfloat16)[: 1 + is_bf16]:
+        for each in ("fp32", precision)[: 1 + (precision in FORMATS)]:
             given = [_fixed(*shape).requires_grad_() for shape in _SHAPES]
-            with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+            with autocast(each, "cpu"):
                 x = F.conv2d(F.conv2d(given[0], given[1], padding=1), given[2], stride=2, padding=1)
                 x = F.silu(F.group_norm(x, 4)).flatten(2).mT
                 q, k, v = F.linear(x, given[3]).chunk(3, dim=-1)

@@ -1,4 +1,4 @@
-"""The state of training: weights, averages, moments and sums of losses, on the device."""
+"""The state of training: weights, averages, moments and sums of losses."""
 
 from __future__ import annotations
 
@@ -13,32 +13,40 @@ from ddpm.catalogue import Train
 from ddpm.ema import EMA
 from ddpm.objective import QUARTILES
 from ddpm.optimizer import OPTIMIZERS, Adam
+from ddpm.precision import LossScale
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
 
 
 class LossLog:
-    """Loss sums since the last row of the log, overall and by timestep quartile, kept on the device.
+    """Loss sums since the last row of the log, overall and by timestep quartile; the host adds, as MPS has no float64.
 
-    `sums` is float64 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
+    `sums` is float64 [2, 1 + QUARTILES] on the host: loss sums in the first row, image counts in the second.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64)
+        self._device, self._added = device, list[Tensor]()
 
     def add(self, losses: Tensor, quartiles: Tensor) -> None:
         """Adds `losses` [b] of these `quartiles` [b], without waiting for the device."""
-        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
-        member = torch.cat([torch.ones_like(member[:1]), member])
-        rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
-        self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
+        self._added.append(torch.stack([losses, quartiles]))
 
     def reduced(self) -> Tensor:
-        """Returns the sums over all processes. Collective if there are several."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        """Returns the sums over all processes. Waits for the device; collective if there are several processes."""
+        if self._added:
+            losses, quartiles = torch.cat(self._added, dim=1).cpu().double()
+            self._added.clear()
+            member = (quartiles == torch.arange(QUARTILES)[:, None]).double()
+            member = torch.cat([torch.ones_like(member[:1]), member])
+            rounded = (losses / LOSS_QUANTUM).round() * LOSS_QUANTUM
+            self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
+        if not dist.is_initialized():
+            return self.sums.clone()
+        # A backend of GPUs takes no tensor of the host.
+        sums = self.sums.to(self._device, copy=True)
+        dist.all_reduce(sums)
         return sums
 
 
@@ -51,7 +59,7 @@ def loss_row(sums: Tensor) -> dict[str, float]:
 
 @dataclass
 class TrainState:
-    """Everything that changes in training, on the device."""
+    """Everything that changes in training: on the device, but for averages in host memory."""
 
     model: nn.Module
     averages: dict[str, EMA]
@@ -60,30 +68,46 @@ class TrainState:
     log: LossLog
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
-    """`images_seen` before the first step whose gradient was not finite, or -1."""
+    """`images_seen` before the first step whose gradient was not finite, though its loss was not scaled up; or -1."""
+    loss_scale: LossScale | None = None
+    """In fp16 alone."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the live tensors of a checkpoint, by group."""
+        """Returns the live tensors of a checkpoint, by group. After later steps `finish_averages` makes them whole."""
+        self.finish_averages()
         named = dict(self.model.named_parameters())
         moments = {
             f"{moment}.{name}": tensor
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in self.optimizer.MOMENTS
             for name, tensor in getattr(self.optimizer, moment).items()
         }
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
             **{name: dict(average.shadow) for name, average in self.averages.items()},
-            "optimizer": moments,
+            "optimizer": moments | ({"loss_scale": self.loss_scale.values} if self.loss_scale else {}),
         }
+
+    def before_change(self) -> None:
+        """Returns when the weights may change: averages in host memory have theirs."""
+        for average in self.averages.values():
+            average.before_change()
+
+    def finish_averages(self) -> None:
+        """Returns when the averages hold all steps."""
+        for average in self.averages.values():
+            average.finish()
 
     def resume_at(self, images_seen: int, batch_size_images: int) -> None:
         """Sets the progress after the tensors are restored; Adam's step count follows from it."""
         self.images_seen = images_seen
+        left_out = self.loss_scale.left_out if self.loss_scale else 0
         for step in self.optimizer.steps.values():
-            step.fill_(images_seen // batch_size_images)
+            step.fill_(images_seen // batch_size_images - left_out)
 
 
-def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> TrainState:
+def create_state(
+    model: nn.Module, train: Train, averages: Iterable[str], kind_of_average: type[EMA] = EMA
+) -> TrainState:
     """Returns an initial state on the model's device, with averages of these names.
 
     The frozen parts of the model get no gradient.
@@ -92,8 +116,15 @@ def create_state(model: nn.Module, train: Train, averages: Iterable[str]) -> Tra
     for name in [name for name in learnt if name.startswith(train.freeze)]:
         learnt.pop(name).requires_grad_(False)
     optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
-    shadows = {name: EMA(model) for name in averages}
-    return TrainState(model, shadows, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
+    shadows = {name: kind_of_average(model) for name in averages}
+    return TrainState(
+        model,
+        shadows,
+        optimizer,
+        LossLog(device),
+        first_nonfinite=torch.tensor(-1, device=device),
+        loss_scale=LossScale(device) if train.precision == "fp16" else None,
+    )
 
 
 def learnt_parameters(network: nn.Module) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from torch import Tensor, autograd, nn
 from ddpm import memory, randomness
 from ddpm.augment import Augmentation, Latents
 from ddpm.catalogue import NetworkConfig, Train
+from ddpm.device import copies_beside, exact_device
 from ddpm.ema import Profile
 from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
@@ -82,7 +83,7 @@ class MicroBatch:
     image_numbers: np.ndarray
     """int64 [b], on the host."""
     numbers: Tensor
-    """The same on the device."""
+    """The same on the device that draws."""
     images: Tensor
     points: Tensor
     """See `Objective.draw`."""
@@ -136,18 +137,19 @@ def draw(
     on_host, size = torch.from_numpy(batch.image_numbers), ImageSize(*batch.images.shape[-2:])
     points = [objective.draw(options.seed, on_host[part], options.batch_size) for part in parts]
     augmentations = [settings.augmentation.draw(options.seed, on_host[part], size) for part in parts]
-    numbers, labels = on_host.to(to, non_blocking=True), batch.labels
+    beside = copies_beside(to)
+    numbers, labels = on_host.to(exact_device(to), non_blocking=beside), batch.labels
     if labels is not None:
-        labels = labels.to(to, non_blocking=True)
+        labels = labels.to(to, non_blocking=beside)
         if network.label_dropout:
             dropped = randomness.drops_label(options.seed, numbers, network.label_dropout)
-            labels = torch.where(dropped, network.num_classes or 0, labels)
+            labels = torch.where(dropped.to(to), network.num_classes or 0, labels)
     return MicroBatch(
         image_numbers=batch.image_numbers,
         numbers=numbers,
-        images=batch.images.to(to, non_blocking=True),
-        points=torch.cat(points, dim=1).to(to, non_blocking=True),
-        augmentations=torch.cat(augmentations).to(to, non_blocking=True),
+        images=batch.images.to(to, non_blocking=beside),
+        points=torch.cat(points, dim=1).to(to, non_blocking=beside),
+        augmentations=torch.cat(augmentations).to(to, non_blocking=beside),
         labels=labels,
         # One decision for all images saves the first pass in half of the batches.
         conditions_on_itself=objective.diffusion.self_conditioning
@@ -185,10 +187,12 @@ def train(
     """
     options, device, parameters = settings.train, state.first_nonfinite.device, learnt_parameters(network)
     # EDM2 has both: the second balances the noise levels.
-    normalise, uncertainty = getattr(state.model, "normalise", lambda: None), getattr(state.model, "uncertainty", None)
+    normalise, uncertainty = getattr(state.model, "normalise", None), getattr(state.model, "uncertainty", None)
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     ddp_weight = accelerator.num_processes / options.batch_size
     most_images, world_size = micro_batch_images(options), accelerator.num_processes
+    # A view: it has the factor of each step.
+    factor = state.loss_scale.values[0] if state.loss_scale else torch.ones((), device=device)
 
     def compute(images: MicroBatch, differentiate: Callable[[Tensor], T]) -> tuple[Tensor, T]:
         """Returns the losses, and what `differentiate` makes of their sum, with these images' masks of dropout."""
@@ -197,7 +201,7 @@ def train(
             if uncertainty is not None:
                 u = uncertainty(images.points[0])
                 balanced = losses / u.exp() + u
-            return losses.detach(), differentiate(balanced.sum())
+            return losses.detach(), differentiate(balanced.sum() * factor)
 
     def gradients_of(images: MicroBatch) -> tuple[Tensor, Gradients]:
         return compute(images, lambda loss: [*autograd.grad(loss / options.batch_size, parameters, allow_unused=True)])
@@ -213,7 +217,8 @@ def train(
     network.train()
     # Not before a step, which may be left without any effect.
     hooks.before_change()
-    normalise()
+    if normalise is not None:
+        normalise()
     for batch in batches:
         parts = slots.parts() if slots else [slice(0, len(batch.image_numbers))]
         drawn = draw(batch, state.images_seen, parts, objective, settings, device)
@@ -237,17 +242,27 @@ def train(
         if losses is None:
             state.model.zero_grad()
             return
-        state.log.add(torch.cat(losses), Drawn(*drawn.points).quartile)
+        if state.loss_scale:
+            torch._foreach_mul_([grad for one in parameters if (grad := one.grad) is not None], 1 / factor)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
-        bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
+        # At a larger factor it may be an overflow, and not come again.
+        bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm) & (factor <= 1)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         hooks.before_change()
-        state.optimizer.step(learning_rate_at(options, state.images_seen), threads)
+        state.before_change()
+        rate = learning_rate_at(options, state.images_seen)
         state.images_seen += options.batch_size
-        for name, profile in settings.averages.items():
-            decay = profile.decay_at(state.images_seen, options.batch_size)
-            state.averages[name].update(state.model, decay)
-        normalise()
+        if state.loss_scale is None or state.loss_scale.takes_step(norm):
+            state.log.add(torch.cat(losses), Drawn(*drawn.points).quartile)
+            state.optimizer.step(rate, threads)
+            for name, profile in settings.averages.items():
+                decay = profile.decay_at(state.images_seen, options.batch_size)
+                state.averages[name].update(state.model, decay)
+            if normalise is not None:
+                state.before_change()
+                normalise()
+        else:
+            state.model.zero_grad()
         if hooks.after_step(state):
             return
 

@@ -15,9 +15,14 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
-from job.exits import Exit, ending_of
-from job.processes.launcher import attach, is_launched, lost_peer
-from job.stop import StopSignal, handle_stop_signals, ignore_stop_signals
+from job.platform import check_system
+
+# The modules below import what Windows lacks.
+check_system()
+
+from job.exits import Exit, ending_of  # noqa: E402
+from job.processes.launcher import attach, is_launched, lost_peer  # noqa: E402
+from job.stop import StopSignal, handle_stop_signals, ignore_stop_signals  # noqa: E402
 
 _LAST_SECONDS = 5
 _is_ending = False

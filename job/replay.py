@@ -125,7 +125,9 @@ class Replay:
             MissingInputError: the way there leads through an import.
         """
         run = self.of_run.run
-        self.state = method.initial_state(method.build_network(self.stored, self.ranks.device), self.stored)
+        # That of an import is open until a machine trains it.
+        config = self.stored.updated({"train.precision": self.stretches[-1].config.train.precision})
+        self.state = method.initial_state(method.build_network(config, self.ranks.device), config)
 
         def nearest() -> list[CheckpointRef]:
             return [ref for ref in self.checkpoints() if ref.images_seen <= image][-1:]
@@ -166,7 +168,7 @@ class Replay:
 
     def _compare(self, attempt: records.Attempt, config: RunConfig) -> None:
         is_exact = compute.slots_of(config.train, self.ranks) is not None
-        device = compute.describe_device(self.ranks.device, config.train, is_exact)
+        device = compute.describe_device(self.ranks.device, config.train, is_exact, config.ema.device)
         here = {"code_version": code_version(), "device": device, "is_exact": is_exact, "world_size": 1}
         for difference in records.what_is_otherwise(attempt, attempt.model_copy(update=here), "this replay"):
             if difference not in self.differences:

@@ -22,9 +22,10 @@ from types import FrameType
 from typing import TypeVar
 
 from job.exits import BadRequestError, Exit, StoppedError
+from job.platform import boot_clock, shared_memory
 
 STOP_AT = "DDPM_STOP_AT"
-"""The deadline in seconds of CLOCK_BOOTTIME, which all processes of a machine share and which counts a suspension."""
+"""The deadline in seconds of `boot_clock`, which all processes of a machine share and which counts a suspension."""
 GRACE_VARIABLE = "DDPM_GRACE_SECONDS"
 SPOT_GRACE_SECONDS = 30.0
 """The notice of a spot VM. A GKE spot node gives 15 by default; the variable has the value of its pool."""
@@ -98,7 +99,7 @@ class Stop:
         # A loop in another thread may go on for ever while the work hangs.
         if threading.current_thread() is threading.main_thread():
             beat()
-        if not self.reason and self._deadline < float("inf") and _boot_clock() >= self._deadline:
+        if not self.reason and self._deadline < float("inf") and boot_clock() >= self._deadline:
             self.request("its deadline (--stop-after)")
         return bool(self.reason)
 
@@ -262,15 +263,11 @@ def deadline(stop_after: str) -> Iterator[None]:
     if not seconds or os.environ.get(STOP_AT):
         yield
         return
-    os.environ[STOP_AT] = str(_boot_clock() + seconds)
+    os.environ[STOP_AT] = str(boot_clock() + seconds)
     try:
         yield
     finally:
         del os.environ[STOP_AT]
-
-
-def _boot_clock() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @contextmanager
@@ -373,9 +370,8 @@ class Heartbeats:
     """
 
     def __init__(self, processes: int) -> None:
-        # Ranks inherit the descriptor. It belongs to no file system, where a full disk would cause SIGBUS.
-        self.descriptor = os.memfd_create("ddpm-heartbeats")
-        os.ftruncate(self.descriptor, 8 * processes)
+        # Ranks inherit the descriptor.
+        self.descriptor = shared_memory(8 * processes)
         self._times = memoryview(mmap.mmap(self.descriptor, 0)).cast("d")
         self._counts_from = self._looked = time.monotonic()
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,6 +41,8 @@ if "DDPM_TESTS" not in os.environ:
     os.environ["DDPM_TARGETS"] = str(no_targets)
     # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # The tests compare bits of CPUs, also on a Mac.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 # Under nohup, or behind a script's `&`, children would inherit that these are ignored. Those that are caught are theirs
 # again, and still end nothing here.
@@ -48,6 +51,7 @@ for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
 SMALL_DISK_BYTES = 2 << 20
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc or makes a namespace")
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +126,8 @@ def new_bucket(which: str, request: pytest.FixtureRequest, monkeypatch: pytest.M
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MiB: a tmpfs, which an ordinary user gets from a namespace of their own."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux mounts a tmpfs")
     folder = tmp_path / "small-disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES},mode=777", "tmpfs", str(folder)]

@@ -33,7 +33,7 @@ from ddpm.slots import Slots
 from ddpm.state import learnt_parameters
 from job.config import RunConfig, layered, method, parse_sets, validated
 from job.exits import BadConfigError
-from job.processes.group import usable_cores
+from job.platform import usable_cores
 from job.progress import Progress
 from job.sampling.painter import model_of
 

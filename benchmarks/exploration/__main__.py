@@ -31,6 +31,7 @@ from benchmarks.exploration import runtime, shared, training
 from benchmarks.exploration.mutations import MUTATIONS, planted
 from benchmarks.exploration.scenarios import Scenario, all_scenarios, play
 from benchmarks.exploration.world import DISTURBANCES, Disturbance, Planned, Request, Step, Violation, World
+from job.platform import usable_cores
 
 READS = tuple(Planned.parse("0s,1s1,2c,3z25,4Z25,5e,6k,7w6,8o30").disturbances.values())
 WRITES = (*READS, *Planned.parse("0C,1a25,2l,3t4,4t12,5t30,6w12").disturbances.values())
@@ -321,7 +322,7 @@ def _options() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names, cores = list(all_scenarios()), len(os.sched_getaffinity(0))
+    names, cores = list(all_scenarios()), usable_cores()
     add = parser.add_argument
     add("--schedules", type=int, default=15_000, metavar="N", help="number of schedules (15,000)")
     add("--seed", type=int, default=1, metavar="S", help="seed of the random schedules (1)")

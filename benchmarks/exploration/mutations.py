@@ -179,7 +179,7 @@ def _taken_early(replace: Replace) -> None:
 @_mutation("a holder swaps its record for that of another holder, at its renewal or release", "train", "train-here")
 def _swaps_any_record(replace: Replace) -> None:
     def swap(held: Any, released: bool) -> None:
-        asked_at = lease._lease_clock()
+        asked_at = lease.boot_clock()
         update = {"renewal": held._record.renewal + 1, "released": released}
         held._record = held._record.model_copy(update=update)
         for _ in range(3):

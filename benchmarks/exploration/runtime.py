@@ -267,7 +267,7 @@ _REPLACED: list[tuple[object, object]] = [
 ]
 _ROOMS = ("job.coordination.lease", "job.coordination.pieces", "job.coordination.sealed", "job.runs", "job.verbs",
           "job.data.pack", "job.data.latents", "job.stop", "job.store.retry", "job.store.base", "job.evaluation",
-          "job.sampling.sampling_plan")  # fmt: skip
+          "job.sampling.sampling_plan", "job.platform")  # fmt: skip
 
 
 @lru_cache(20_000)

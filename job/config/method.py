@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.ema import Exponential, PowerFunction, Profile
+from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction, Profile
 from ddpm.model import Sampling
 from ddpm.networks import memory_format_of
 from ddpm.networks.adapter import build_adapted, check_adapted
@@ -123,7 +123,8 @@ def settings_of(config: RunConfig) -> training.LoopSettings:
 
 def initial_state(network: nn.Module, config: RunConfig) -> TrainState:
     """Returns the state of training before the first image."""
-    return create_state(network, config.train, settings_of(config).averages)
+    kind = HostEMA if config.ema.device == "cpu" else EMA
+    return create_state(network, config.train, settings_of(config).averages, kind)
 
 
 def sampling_of(config: SamplerConfig) -> Sampling:

@@ -36,7 +36,7 @@ LARGEST_SIZE = 4096
 FREE = {
     *("checkpoint", "sample", "evaluate", "log"),
     *("train.epochs", "train.micro_batch_size", "train.exact", "train.slots", "train.slot_threads", "train.compile"),
-    *("data.cache_gigabytes", "ema.snapshot_epochs", "model.gradient_checkpointing"),
+    *("data.cache_gigabytes", "ema.snapshot_epochs", "ema.device", "model.gradient_checkpointing"),
 }
 """Keys, and whole sections, that an attempt may change: they decide when and how something is done, never what is
 learnt."""
@@ -180,10 +180,13 @@ class TrainConfig(ConfigSection, catalogue.Train):
 
 
 class EmaConfig(ConfigSection, catalogue.ExponentialAverage):
-    """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
+    """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every device."""
 
     stds: Annotated[tuple[Std, ...], "relative widths of further averages, as in EDM2; such as 0.05,0.10"] = ()
     snapshot_epochs: Annotated[CountOrNone, "store stds every N epochs, for `ddpm ema`; 0: never"] = 0
+    device: Annotated[
+        Literal["cpu"] | None, "cpu: averages lie in host memory, updated beside the next step; null: with the network"
+    ] = None
 
     @property
     def names(self) -> tuple[str, ...]:

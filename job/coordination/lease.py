@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from job.coordination.sealed import Moment, Sealed, utc_now
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
+from job.platform import boot_clock
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
@@ -45,8 +46,8 @@ _STATE, _START = 0, 19
 class ProcessIdentity(BaseModel):
     """A process, as a later process of the same machine recognises it, which can so prove that it is dead.
 
-    Without `/proc`, or with that of another PID namespace, `boot_id` and `pid_namespace` are empty, and the process
-    always counts as alive.
+    Without `/proc`, as on macOS, or with that of another PID namespace, `boot_id` and `pid_namespace` are empty, and
+    the process always counts as alive: its lease expires.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -147,11 +148,6 @@ def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
         return run.create(LEASE_KEY, record.to_json())
     except (ObjectExistsError, ConflictError):
         return ""
-
-
-def _lease_clock() -> float:
-    """Returns a clock that never jumps and counts the time that a machine sleeps, during which a lease may expire."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _Watch:
@@ -258,7 +254,7 @@ class Lease:
                     since=utc_now(),
                     process=ProcessIdentity.of_this_process(),
                 )
-                asked_at = _lease_clock()
+                asked_at = boot_clock()
                 if version := _write_lease(run, record, watch.version):
                     if noted or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
@@ -318,7 +314,7 @@ class Lease:
 
     def _left_seconds(self) -> float:
         """Returns the time until the next renewal."""
-        return self._confirmed_at + RENEW_SECONDS - _lease_clock()
+        return self._confirmed_at + RENEW_SECONDS - boot_clock()
 
     def _work(self) -> None:
         is_failing = False
@@ -352,7 +348,7 @@ class Lease:
         """Replaces this holder's last record by the next one, and no other record."""
         for _ in range(_SWAPS):
             self.check_lost()
-            asked_at = _lease_clock()
+            asked_at = boot_clock()
             update = {"renewal": self._record.renewal + 1, "released": released}
             self._record = self._record.model_copy(update=update)
             if version := _write_lease(self._run, self._record, self._version):

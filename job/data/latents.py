@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ddpm.augment import Latents
+from ddpm.device import best_device
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
@@ -170,7 +171,7 @@ def _encoder(
     Raises:
         BadConfigError: it does not fit them.
     """
-    network = _build_autoencoder(config, tensors, where).to("cuda" if torch.cuda.is_available() else "cpu")
+    network = _build_autoencoder(config, tensors, where).to(best_device())
     whole: Any = network.config
     halvings = len(whole.block_out_channels) - 1
     if (whole.in_channels, whole.out_channels) != (source.channels, source.channels):

@@ -24,6 +24,7 @@ from job.data.shards import SHARD_PIXEL_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import Check
 from job.jobs.targets import Target, target_on
+from job.platform import allocate
 from job.processes.group import check_gpus, local_gpus
 from job.progress import note
 from job.runs.layout import RUNS
@@ -101,7 +102,7 @@ def machine_checks() -> Iterator[Check]:
 
 def _found_gpus(gpus: int) -> str:
     check_gpus()
-    return f"{gpus} by NVIDIA's driver" if gpus else "no NVIDIA GPU: jobs here compute on the CPU"
+    return f"{gpus} by NVIDIA's driver" if gpus else "no NVIDIA GPU"
 
 
 def _shared_memory(gpus: int) -> str:
@@ -133,7 +134,7 @@ def _free_bytes(folder: Path, variable: str) -> int:
     with os_errors(f"{folder}, which {variable} moves"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, SHARD_PIXEL_BYTES)
+            allocate(file.fileno(), SHARD_PIXEL_BYTES)
         return shutil.disk_usage(folder).free
 
 

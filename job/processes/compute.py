@@ -14,21 +14,29 @@ from ddpm.catalogue import Train
 from ddpm.objective import Condition
 from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
-from job.processes.group import usable_cores
-from job.processes.ranks import Ranks
+from job.platform import system_version, usable_cores
+from job.processes.ranks import Ranks, own_device
 
 _BF16 = ("avx512_bf16", "amx_bf16")
 """The instructions with which a CPU computes in bf16."""
+_FP16_CAPABILITY = (7, 0)
+"""The compute capability from which on NVIDIA's GPUs compute fast in fp16: V100, T4, RTX 20."""
 _MOST_SLOTS = 8
 """The most slots of a batch by default: each costs a pass, and a CPU keeps gradients for each thread."""
 _SLOT_IMAGES = 8
 """The images of a slot from which on its overhead is small, though all threads of a CPU have slots."""
 
 
-def best_precision() -> Literal["fp32", "bf16"]:
-    """Returns bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+def best_precision() -> Literal["fp32", "bf16", "fp16"]:
+    """Returns bf16 where the hardware computes in it, else fp16 on a GPU; elsewhere autocast would only be slower."""
+    device = own_device().type
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= _FP16_CAPABILITY else "fp32"
+    # Nobody has measured whether autocast pays on Apple's GPUs.
+    if device == "mps":
+        return "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if any(capabilities.get(name) for name in _BF16) else "fp32"
 
@@ -39,7 +47,7 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     Slots are at least as many as the CPU has threads, or eight, and then as many as the batch has parts of eight
     images: they cost nothing that sharing a batch among threads does not cost anyway.
     """
-    cores = 1 if torch.cuda.is_available() else usable_cores()
+    cores = usable_cores() if own_device().type == "cpu" else 1
     slots = min(_MOST_SLOTS, batch_size_images, max(cores, batch_size_images // _SLOT_IMAGES))
     found = {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
     # A GPU runs out of memory by an error, a CPU mostly by a kill, which leaves nothing to decide.
@@ -60,12 +68,16 @@ def slots_of(train: Train, ranks: Ranks) -> Slots | None:
     return Slots(train.slots, train.batch_size, ranks.rank, ranks.world_size)
 
 
-def describe_device(device: torch.device, train: Train, is_exact: bool = False) -> str:
+def describe_device(device: torch.device, train: Train, is_exact: bool = False, of_averages: str | None = None) -> str:
     """Returns `NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, except the number of processes."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device) + ", compiled" * train.compile
+        if of_averages == "cpu":
+            name += ", averages on the CPU"
+    elif device.type == "mps":
+        name = f"{torch.backends.mps.get_name()} (mps), {system_version()}"
     else:
-        kernels = kernels_of(train.precision == "bf16")
+        kernels = kernels_of(train.precision)
         name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
         if not is_exact:
             # Each thread adds up a part, so that their number decides about rounding.
@@ -79,7 +91,9 @@ def describe_device(device: torch.device, train: Train, is_exact: bool = False) 
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the peak of a GPU's memory since the last call; on a CPU the memory of the process."""
+    """Returns the peak of a GPU's memory since the last call; what Apple's holds; on a CPU that of the process."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if device.type != "cuda":
         return int(psutil.Process().memory_info().rss)
     peak = torch.cuda.max_memory_allocated(device)

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
+from job.platform import usable_cores
 from job.stop import count_of
 
 MEETING_SECONDS = 600.0
@@ -29,9 +30,8 @@ JOB = "DDPM_JOB"
 """The variable that holds the job's name; its engine sets it."""
 GPUS = "DDPM_GPUS"
 """The variable that holds the number of GPUs that the job has on each machine; its engine sets it."""
-DRIVER = Path("/proc/driver/nvidia")
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""The file that holds a container's `QUOTA PERIOD` in microseconds (docs.kernel.org/admin-guide/cgroup-v2.html)."""
+DRIVERS = Path("/proc/driver/nvidia"), Path("/dev/kfd"), Path("/dev/dxg")
+"""The traces of NVIDIA's driver, AMD's, and that of a GPU in WSL."""
 
 PLACES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(MPI_LOCALR|PMI_R)ANK.*|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+")
 """The variables in which this launcher and others describe a process's place in a group."""
@@ -110,16 +110,6 @@ class Group:
         }
 
 
-def usable_cores() -> int:
-    """Returns the number of cores that this process may use at once: its affinity, or its container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    # Without a limit the quota is the word "max".
-    with suppress(OSError, ValueError):
-        quota, period = map(int, CPU_LIMIT.read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
-
-
 def _free_port() -> int:
     while True:
         port = random.choice(_LISTENING_PORTS)  # noqa: S311
@@ -143,6 +133,11 @@ def local_gpus() -> int:
     return sum(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
 
 
+def has_driver() -> bool:
+    """Returns whether the machine has the driver of a GPU that PyTorch calls `cuda`."""
+    return any(driver.exists() for driver in DRIVERS)
+
+
 def check_gpus() -> None:
     """Checks that torch sees the job's GPUs: on a CPU the job would take weeks, at a GPU's price.
 
@@ -154,7 +149,7 @@ def check_gpus() -> None:
         return
     cuda, seen, _ = _cuda()
     counts = f"this job was given {given} GPU{'s' * (given != 1)}, and PyTorch sees {seen}"
-    if not DRIVER.exists():
+    if not has_driver():
         raise MissingInputError(f"{counts}: this machine lacks the NVIDIA driver")
     if not cuda:
         how = "`make image TORCH=cuda`, or `make clean setup TORCH=cuda` without an image, installs the other"
@@ -166,15 +161,15 @@ def check_gpus() -> None:
 
 @cache
 def _cuda() -> tuple[str, int, float]:
-    """Returns the version of torch's CUDA, the number of its GPUs, and the smallest one's GiB; ("", 0, 0) without any.
+    """Returns torch's version of CUDA or ROCm, the number of its GPUs, and the smallest one's GiB; ("", 0, 0) without.
 
     A process of its own imports torch, which takes seconds and memory of the GPUs; if it fails, ("unknown", 0, 0).
     """
-    if not DRIVER.exists():
+    if not has_driver():
         return "", 0, 0.0
     ask = (
-        "import torch; gpus = range(torch.cuda.device_count()); print(torch.version.cuda or '', len(gpus), "
-        "min((torch.cuda.get_device_properties(i).total_memory / 2**30 for i in gpus), default=0), sep=',')"
+        "import torch; gpus = range(torch.cuda.device_count()); print(torch.version.cuda or torch.version.hip or '', "
+        "len(gpus), min((torch.cuda.get_device_properties(i).total_memory / 2**30 for i in gpus), default=0), sep=',')"
     )
     asked = subprocess.run([sys.executable, "-P", "-c", ask], stdout=subprocess.PIPE, text=True, check=False)
     answer = re.fullmatch(r"(.*),(\d+),([\d.]+)", asked.stdout.strip().rpartition("\n")[2])

@@ -1,8 +1,7 @@
 """The parent of all ranks, and PID 1 in a container: starts them, passes signals on, and reports how they ended.
 
 Container engines signal process 1 alone. The kernel gives it every orphan, and only the signals that it handles: this
-process handles them, passes them on, and reaps. It imports no torch. If it is killed, the kernel kills the ranks (see
-`attach`).
+process handles them, passes them on, and reaps. It imports no torch. If it is killed, so are the ranks (see `attach`).
 
 torchrun and accelerate can start the ranks as well. Training and stopping are the same then. But these two end with 1
 after every failure, kill a rank that has not saved within 30 s of a signal, and notice no process that hangs.
@@ -10,7 +9,6 @@ after every failure, kill a rank that has not saved within 30 s of a signal, and
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import re
@@ -25,7 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from job.exits import CRASHED, TABLE, BadRequestError, Exit, State, StoppedError, state_after
-from job.processes.group import DRIVER, JOB, PLACES, Group
+from job.platform import end_with_parent
+from job.processes.group import JOB, PLACES, Group, has_driver
 from job.stop import (
     HEARTBEATS,
     STOP_SIGNALS,
@@ -61,7 +60,6 @@ _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate call
 """Lines that torch's C++ side prints at the end of a process group, a screenful per rank."""
 
 
-_PR_SET_PDEATHSIG = 1
 _PEER_IS_AWAY = re.compile(
     r"(?i)(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
     r"|remote process exited|communicator was aborted"
@@ -94,16 +92,16 @@ def is_rank() -> bool:
 def attach() -> None:
     """Ties this process to its launcher, or to the program that called it; call it before anything that takes time.
 
-    The rank requests the parent-death signal itself. The launcher's Python code between fork and exec could deadlock
-    on a lock that another thread held at the fork. `getppid` shows whether the launcher died before the request.
+    The rank asks itself to end with the launcher: the launcher's Python code between fork and exec could deadlock on a
+    lock that another thread held at the fork. `getppid` shows whether the launcher died before.
     """
     if owner := os.environ.pop(ENDS_WITH, ""):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if str(os.getppid()) != owner:
             raise StoppedError("stopped because the program that called it is gone; the same call begins again")
     if not is_launched():
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if str(os.getppid()) != os.environ[LAUNCHED]:
         raise BadRequestError(f"the launcher of this process is gone: unset {LAUNCHED} to run without one")
     # Until `Stop` handles it, Ctrl-C must end this process without a traceback, as SIGTERM does.
@@ -152,7 +150,7 @@ def early_ranks(processes: int | None, hang_after_seconds: float) -> AbstractCon
 
     It also yields None if the number of ranks is that of the GPUs: PyTorch would have to be loaded to count them.
     """
-    if is_rank() or (processes is None and DRIVER.exists()):
+    if is_rank() or (processes is None and has_driver()):
         return nullcontext()
     return launching(this_command(), processes or 1, hang_after_seconds)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from ddpm.device import best_device
 from job.processes.group import rendezvous_seconds
 from job.stop import NEVER, Stop, count_of
 
@@ -77,11 +78,21 @@ class Ranks:
         self._wait(dist.all_reduce(sums, group=self._group, async_op=True))
         return tuple(sums.tolist())
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Gives all processes the main one's values, on a GPU or in host memory, which NCCL cannot send. Collective."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0, group=self._group if tensor.device.type == "cpu" else None)
+
     def _wait(self, work: dist.Work) -> None:
         while not work.is_completed():
             self.stop()
             time.sleep(_COLLECTIVE_POLL_SECONDS)
         work.wait()
+
+
+def own_device() -> torch.device:
+    """Returns the device of this process of the run."""
+    return best_device(count_of("WORLD_SIZE", 1))
 
 
 def meet(stop: Stop) -> Ranks:
@@ -93,26 +104,26 @@ def meet(stop: Stop) -> Ranks:
 
         torch.backends.cudnn.benchmark = torch.cuda.is_available()
         timeout = timedelta(seconds=rendezvous_seconds())
-        return Ranks(PartialState(cpu=not torch.cuda.is_available(), timeout=timeout), stop)
+        return Ranks(PartialState(cpu=own_device().type == "cpu", timeout=timeout), stop)
 
 
-def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+def build_accelerator(deterministic: bool = False) -> Accelerator:
     """Returns the accelerator that wraps a network for training on the processes that have met.
 
     Args:
-        precision: `fp32` or `bf16`.
         deterministic: use kernels of a GPU that give equal bits each time.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # A CPU has no others, and the setting would import the compiler.
-    if deterministic and torch.cuda.is_available():
+    if deterministic and own_device().type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=own_device().type == "cpu",
+        # The caller's autocast knows fp16 on a CPU too, and its loss scale is a part of the state.
+        mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 

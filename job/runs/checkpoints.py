@@ -241,7 +241,7 @@ def restore(
     ref: CheckpointRef,
     into: dict[str, dict[str, Any]] | None = None,
     *,
-    may_differ: tuple[str, ...] = (),
+    may_differ: tuple[str, ...] = ("loss_scale",),
     groups: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> Restored:
@@ -255,7 +255,7 @@ def restore(
         into: live tensors by group and name, which keep their memory layout. Each file's values go there as soon as
             it verifies, while others still download.
         may_differ: the beginnings of the names of tensors that may be on one side alone, or have another shape there:
-            these keep their values.
+            these keep their values. An import has no loss scale, and may go on in fp16.
         groups: those to download; none: those of `into`, or all.
         folder: keeps the files; without it each is deleted as soon as it is read.
 

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ Tensors = dict[str, dict[str, Tensor]]
 PART_BYTES = 320 * 1024 * 1024
 """Ho et al.'s network for CIFAR-10 needs one part for each group; larger ones still keep all connections busy."""
 PARALLEL_UPLOADS = 4
-_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
 """The names in safetensors' headers (github.com/huggingface/safetensors, format)."""
 
 
@@ -70,27 +71,34 @@ class CheckpointFiles:
 
     def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
         # In the order of the files, whose tensors then lie side by side.
-        self._live = {group: dict(sorted(named.items())) for group, named in live.items()}
+        self._live = {group: _in_order(named) for group, named in live.items()}
         self._retention = retention
         self._host: Tensors = {}
         device = next(tensor.device for named in live.values() for tensor in named.values())
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for group, named in self._live.items():
-            sizes = [tensor.numel() for tensor in named.values()]
-            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=device.type == "cuda")
-            flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
-            views = zip(named.items(), flat.split(sizes), strict=True)
-            self._host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
+            self._host[group] = {}
+            for is_code, same in groupby(named.items(), lambda item: item[1].dtype == torch.uint8):
+                of_dtype = dict(same)
+                sizes = [tensor.numel() for tensor in of_dtype.values()]
+                flat = torch.empty(
+                    sum(sizes), dtype=torch.uint8 if is_code else torch.float32, pin_memory=device.type == "cuda"
+                )
+                flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
+                views = zip(of_dtype.items(), flat.split(sizes), strict=True)
+                self._host[group] |= {name: view.view(tensor.shape) for (name, tensor), view in views}
         self._parts = plan_parts(self._host)
         self.unet_group, self._names, self.descriptions = files_for_diffusers(retention.config, classes, self._parts)
 
     def copy(self) -> None:
         """Copies the live values into the host buffers: on a GPU beside the next step, up to `before_change`."""
+        is_beside = self._stream is not None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        # On an Apple GPU nothing would wait for a copy beside a step, and PyTorch asks it for a stream of CUDA in vain.
+        with torch.cuda.stream(self._stream) if is_beside else nullcontext():
             for group, named in self._live.items():
-                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=True)
+                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=is_beside)
 
     def before_change(self) -> None:
         """Makes the GPU, and not this thread, wait for the copy: the next kernels change the live values."""
@@ -134,7 +142,7 @@ class CheckpointFiles:
 
 
 def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
-    """Writes tensors of one type on the host to a file, byte for byte as safetensors does, and hashes it on the way.
+    """Writes tensors on the host to a file, byte for byte as safetensors does, and hashes it on the way.
 
     The library's own function takes several times as long for many small tensors, and keeps the interpreter from the
     threads that train meanwhile.
@@ -143,7 +151,7 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
         The entry of a record that names the file as the object at `key`.
     """
     header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
-    in_order = dict(sorted(tensors.items()))
+    in_order = _in_order(tensors)
     for name, tensor in in_order.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
@@ -157,6 +165,11 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
             file.write(content)
             sha256.update(content)
     return NamedObject(key=key, size_bytes=8 + len(text) + end, sha256=sha256.hexdigest())
+
+
+def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in the order of a file: larger types first, which stay aligned, then by name."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
 
 
 def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

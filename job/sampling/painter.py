@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
+from ddpm.device import best_device
 from ddpm.grids import find_grid, numbered_points
 from ddpm.memory import in_halves
 from ddpm.model import Callback, Model, NotFiniteError, Sampling
+from ddpm.precision import autocast
 from ddpm.process import Point, VarianceExploding
 from ddpm.samplers import Walk, beginning, from_noise
 from ddpm.threads import group_of, threads_of
@@ -69,7 +71,7 @@ class Painter(Model):
         Args:
             config: that of the run.
             ranks: all processes.
-            precision: the number format of the network, `fp32` or `bf16`.
+            precision: the number format of the network, `fp32`, `bf16` or `fp16`.
             agreement: has one flag for stop requests, so that all processes stop at the same step.
             decoder: turns latents into pixels, for a run on latents.
             renewals: called at each evaluation: see `job.runs.retention.kept_while_read`.
@@ -277,12 +279,11 @@ def model_of(
     Args:
         config: the run's configuration.
         device: the network's device.
-        precision: number format of the network, `fp32` or `bf16`.
+        precision: number format of the network, `fp32`, `bf16` or `fp16`.
         decode: decodes latents to pixels, if the run learns latents.
         classes: names of the classes; None: their numbers.
     """
     model, count = config.model, config.model.num_classes or 0
-    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     return Model(
         network=method.build_network(config, device).eval().requires_grad_(False),
         process=method.process_of(config),
@@ -292,7 +293,7 @@ def model_of(
         classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
         diffusion=config.diffusion,
-        autocast=bf16 if precision == "bf16" else nullcontext,
+        autocast=partial(autocast, precision, device.type),
         decode=decode,
         threads=threads_of(device, config.train.slot_threads or 1),
     )
@@ -394,7 +395,7 @@ def load_run(
     named = network if isinstance(network, str) else name_of(network)
     request = SampleRequest(name, bucket=bucket, checkpoints=checkpoints, chosen=chosen, network=named)
     plan = plan_sampling(request.check())
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = torch.device(device or best_device())
     decode, group = load_decoder(plan.bucket, plan.index, on), plan.config.sample.weights
     # On many processors bf16 is slower than fp32.
     model = model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ddpm.catalogue import OF_CLASSES
 from ddpm.state import TrainState
@@ -169,13 +168,14 @@ class TrainingAttempt:
         plan, lease, ranks, train = self.plan, self._lease, self.ranks, self.plan.config.train
         assert lease is not None
         before, is_exact = records.last_attempt(plan.run), compute.slots_of(train, ranks) is not None
-        device = compute.describe_device(ranks.device, train, is_exact)
+        device = compute.describe_device(ranks.device, train, is_exact, plan.config.ema.device)
         if plan.is_new:
             # Before the configuration, with which the run exists.
             records.put_network(plan.run, plan.config)
             records.create_config(plan.run, plan.config)
             if plan.start:
-                where = f"{compute.memory_of_gpu_gib():.0f} GiB of a GPU" if ranks.device.type == "cuda" else "a CPU"
+                names = {"cpu": "a CPU", "mps": "Apple's GPU"}
+                where = names.get(ranks.device.type) or f"{compute.memory_of_gpu_gib():.0f} GiB of a GPU"
                 of_data = f"{plan.index.images:,} images of {plan.index.size} pixels"
                 note(f"for {where} and {of_data} the run begins as with {plan.start.words}; options of yours go first")
             for remark in plan.index.remarks(with_classes=bool(plan.config.model.num_classes)):
@@ -220,10 +220,9 @@ class TrainingAttempt:
                 return restored
 
         self.restored = manifest = self.ranks.on_main(load)
-        if dist.is_initialized():
-            for named in tensors.values():
-                for tensor in named.values():
-                    dist.broadcast(tensor, src=0)
+        for named in tensors.values():
+            for tensor in named.values():
+                self.ranks.broadcast(tensor)
         if manifest is None:
             note(f"beginning, image 0, attempt {self.record.fence}")
             return
@@ -269,5 +268,6 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
     for average in state.averages.values():
         average.update(state.model, decay=0.0)
+        average.finish()
     but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
     note(f"the first weights are those of {parent.words}{but}")

@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpm import training
 from ddpm.optimizer import learning_rate_at
+from ddpm.precision import autocast
 from ddpm.state import TrainState, loss_row
 from ddpm.threads import threads_of
 from job.config import RunConfig, method
@@ -107,7 +108,7 @@ class Loop:
         self.settings = replace(method.settings_of(config), latents=latents_of(images.index))
         self.slots = compute.slots_of(config.train, ranks)
         self.threads = threads_of(self.device, config.train.slot_threads or 1) if self.slots else None
-        self.accelerator = build_accelerator(config.train.precision, deterministic=self.slots is not None)
+        self.accelerator = build_accelerator(deterministic=self.slots is not None)
         self.network = self._wrapped()
         self.batches = stream_batches(
             images,
@@ -126,6 +127,7 @@ class Loop:
         model, options = self.state.model, self.config.train
         if options.compile and self.device.type == "cuda":
             model.compile()
+        model.forward = autocast(options.precision, self.device.type)(model.forward)
         # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
         # In evaluation mode it is not wrapped for DDP.
         is_whole = self.slots is not None
@@ -422,10 +424,11 @@ class TrainingSession(Loop):
             NotANumberError: the gradient of a step was not finite.
         """
         if (first := int(self.state.first_nonfinite.item())) >= 0:
+            though = ", even at a loss scale of 1 or less" if self.state.loss_scale else ""
             raise NotANumberError(
-                f"the gradient was not a finite number after {first:,} images; what {self.plan.run.uri} holds is from "
-                "before. It would happen again at the same image: start another run with a lower train.learning_rate, "
-                "or with train.precision=fp32"
+                f"the gradient was not a finite number after {first:,} images{though}; what {self.plan.run.uri} holds "
+                "is from before. It would happen again at the same image: start another run with a lower "
+                "train.learning_rate, or with train.precision=fp32"
             )
 
     def _log(self) -> None:
@@ -439,6 +442,7 @@ class TrainingSession(Loop):
             self.recorder.add_row(
                 {
                     **losses,
+                    **({"loss_scale": scale.values[0].item()} if (scale := self.state.loss_scale) else {}),
                     "learning_rate": learning_rate_at(self.settings.train, images_seen - self.batch_size),
                     "ema_decay": average.decay_at(images_seen, self.batch_size),
                     "images_per_second": round(rate, 2),
@@ -451,6 +455,7 @@ class TrainingSession(Loop):
         if self.state.images_seen == self.saved_images:
             return
         self._check_finite()
+        self.state.finish_averages()
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
         self.attempt.on_main(lambda recorder: recorder.save(loss_sums))

@@ -7,10 +7,11 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from mpmath import mp, mpf
 from torch import nn
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from ddpm.catalogue import Train
 from ddpm.ema import EMA, Exponential, PowerFunction, Stored, reconstruct
-from ddpm.optimizer import Adam, Muon, learning_rate_at
+from ddpm.optimizer import Adam, AdamW8bit, Muon, encoded, learning_rate_at, shares_of_codes
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -42,6 +43,59 @@ def test_steps_are_pytorchs(kind: type[Adam], weight_decay: float) -> None:
             # A step has a size of about the rate, and bf16 has eight bits.
             bound = 4e-4 if name in turned else 0
             torch.testing.assert_close(parameter.view_as(theirs[name]), theirs[name], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_8_bit_moments_are_torchaos(memory_format: torch.memory_format) -> None:
+    """PyTorch's AdamW with moments that torchao codes and decodes after each step; other tensors keep fp32 moments."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Linear(64, 100), nn.Linear(100, 41)).to(memory_format=memory_format)
+    theirs = {name: nn.Parameter(p.detach().clone()) for name, p in ours.named_parameters()}
+    optimizer = AdamW8bit(ours.named_parameters(), Train(weight_decay=0.1))
+    assert optimizer.exp_avg_scale.keys() == optimizer.exp_avg_sq_scale.keys() == {"0.weight", "1.weight"}
+    peer = torch.optim.AdamW(theirs.values(), lr=1e-3, weight_decay=0.1, fused=True)
+    signs = {"exp_avg": True, "exp_avg_sq": False}
+    coded = {
+        name: {moment: OptimState8bit.zeros(theirs[name].shape, is_signed) for moment, is_signed in signs.items()}
+        for name in optimizer.exp_avg_scale
+    }
+    for moment, state in (item for of_name in coded.values() for item in of_name.items()):
+        shares = shares_of_codes(signs[moment])
+        torch.testing.assert_close(shares, state.qmap, rtol=2e-7, atol=0)
+        # Theirs are rounded more than once.
+        state.qmap.copy_(shares)
+    for step in range(6):
+        for name, parameter in ours.named_parameters():
+            if (name, step) != ("1.weight", 3):
+                parameter.grad = torch.randn_like(parameter) * 10.0 ** (step % 3)
+                theirs[name].grad = parameter.grad.clone()
+        moved = {name for name, parameter in theirs.items() if parameter.grad is not None}
+        optimizer.step(1e-3)
+        peer.step()
+        peer.zero_grad()
+        for name, parameter in ours.named_parameters():
+            assert torch.equal(parameter, theirs[name]) and parameter.grad is None, (name, step)
+            for moment, state in coded.get(name, {}).items() if name in moved else ():
+                exact = peer.state[theirs[name]][moment]
+                state.copy_(exact.contiguous())
+                assert torch.equal(getattr(optimizer, f"{moment}_scale")[name], state.scale)
+                # In the middle between two codes rounding decides.
+                off = (codes := getattr(optimizer, moment)[name]).int() - state.codes
+                assert off.abs().max() <= 1 and off.count_nonzero() <= 1e-3 * off.numel()
+                state.codes.copy_(codes)
+                exact.copy_(state.dequantize())
+
+
+def test_codes_are_of_the_nearest_shares() -> None:
+    for is_signed in (True, False):
+        shares = shares_of_codes(is_signed)
+        values = torch.linspace(-1.0 if is_signed else 0.0, 1.0, 256 * 64)
+        codes, scales = encoded(values, shares)
+        distances = (values.view(-1, 256) / scales[:, None]).view(-1, 1).sub(shares).abs()
+        assert torch.equal(distances.gather(1, codes.long()[:, None])[:, 0], distances.amin(dim=1))
+        # The run must end at a moment that is not a number, and not go on with another.
+        of_nothing, scales = encoded(torch.full((256,), torch.nan), shares)
+        assert (shares[of_nothing.int()] * scales).isnan().all()
 
 
 def test_learning_rate_follows_images_seen() -> None:

@@ -8,7 +8,7 @@ import random
 import time
 import weakref
 from contextlib import nullcontext
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,14 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ddpm import precision as precision_module
 from ddpm import training
 from ddpm.augment import Augmentation
 from ddpm.catalogue import NETWORKS, Diffusion, Train
-from ddpm.ema import Exponential, PowerFunction
+from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
+from ddpm.precision import autocast
 from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.state import TrainState, create_state, loss_row
@@ -38,25 +40,29 @@ WORLDS = (1, 2, 3, 4, 5, 7, 8)
 CASES: list[dict[str, Any]] = [
     *({"kind": kind, "network": {"dropout": dropout}} for kind, dropout in product(TOLD, (0.0, 0.1))),
     {"kind": "unet", "network": {"dropout": 0.1}, "micro_batch_size": 1, "memory_format": torch.channels_last},
-    {"kind": "unet", "network": {"dropout": 0.1, "gradient_checkpointing": True}, "precision": torch.bfloat16},
+    {"kind": "unet", "network": {"dropout": 0.1, "gradient_checkpointing": True}, "precision": "bf16"},
+    {"kind": "unet", "network": {"dropout": 0.1}, "precision": "fp16", "steps": 6},
     {"kind": "unet", "optimizer": "muon"},
+    {"kind": "unet", "optimizer": "adamw8bit"},
 ]
 CPU = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, backward=Tensor.backward, no_sync=lambda network: nullcontext()
 )
 ON = training.Hooks(lambda state: False)
+OVERFLOWING = 2.0**30, 2
+"""The first loss scale, at which the gradients overflow, and the steps to a larger one."""
 
 
 class Slow(nn.Module):
     """A network under autocast in any thread, each of which may be late by another time, as on a busy machine."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, seconds: float) -> None:
+    def __init__(self, network: nn.Module, precision: str, seconds: float) -> None:
         super().__init__()
-        self.network, self.dtype, self.seconds = network, dtype, seconds
+        self.network, self.precision, self.seconds = network, precision, seconds
 
     def forward(self, *inputs: object) -> Tensor:
         time.sleep(self.seconds * random.random())
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.precision, "cpu"):
             return self.network(*inputs)
 
 
@@ -78,23 +84,32 @@ def learnt(
     kind: str,
     steps: int = 2,
     threads: Threads | None = None,
-    precision: torch.dtype = torch.float32,
+    precision: str = "fp32",
     memory_format: torch.memory_format = torch.contiguous_format,
     seconds: float = 0.0,
     hooks: training.Hooks = ON,
     network: dict[str, Any] | None = None,
+    average: type[EMA] = EMA,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Returns weights, moments, averages and sums of the losses after some steps."""
-    objective, settings = objective_and_settings(kind, **options)
+    objective, settings = objective_and_settings(kind, precision=precision, **options)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
     model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
         memory_format=memory_format
     )
-    state = create_state(model, settings.train, settings.averages)
-    places, images = list(slots.places if slots else range(BATCH_IMAGES)), np.random.default_rng(0)
-    batches = [
+    state = create_state(model, settings.train, settings.averages, average)
+    batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)))
+    slow = Slow(model, precision, seconds)
+    training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)
+    return tensors_of(state) | {"losses": state.log.reduced()}
+
+
+def batches_of(steps: int, places: list[int]) -> list[Any]:
+    """The images at some places of the first batches."""
+    images = np.random.default_rng(0)
+    return [
         SimpleNamespace(
             image_numbers=np.arange(BATCH_IMAGES * step, BATCH_IMAGES * (step + 1))[places],
             images=torch.from_numpy(images.integers(0, 256, (BATCH_IMAGES, 3, SIZE, SIZE), dtype=np.uint8))[places],
@@ -102,9 +117,6 @@ def learnt(
         )
         for step in range(steps)
     ]
-    slow = Slow(model, precision, seconds)
-    training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)
-    return tensors_of(state) | {"losses": state.log.reduced()}
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
@@ -114,6 +126,7 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
 
 def learn_in_groups(rank: int, folder: Path) -> None:
     """Learns every case in groups of each size, the first processes of all; writes down a hash of each."""
+    precision_module.INITIAL_SCALE, precision_module.GROWTH_STEPS = OVERFLOWING
     for world_size in WORLDS[sum(rank >= count for count in WORLDS) :]:
         if world_size > 1:
             dist.init_process_group("gloo", f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size)
@@ -159,6 +172,27 @@ def test_late_threads_change_no_bit(micro_batch_size: int | None) -> None:
     for count in (1, 3):
         late = learnt(slots, threads=Threads(count), seconds=0.02 * (count > 1), **case)
         assert all(torch.equal(value, late[name]) for name, value in alone.items())
+
+
+class LateAverage(HostEMA):
+    """An average whose thread begins when the next step has long had its gradient."""
+
+    def _add(self, *how: Any) -> None:
+        time.sleep(0.3)
+        super()._add(*how)
+
+
+@pytest.mark.parametrize("kind", ["unet", "edm2"])
+def test_late_averages_change_no_bit(kind: str) -> None:
+    """`edm2` changes its weights after its averages, too."""
+    steps: list[dict[str, Tensor]] = []
+    for average in (EMA, LateAverage):
+        hooks = training.Hooks(lambda state: steps.append(tensors_of(state)) or state.images_seen > 2 * BATCH_IMAGES)
+        steps.append(learnt(None, kind=kind, steps=5, average=average, hooks=hooks))
+        steps.append(learnt(None, kind=kind, steps=3, average=average))
+    assert len(steps) == 10
+    for now, later in zip(steps[:5], steps[5:], strict=True):
+        assert all(torch.equal(value, later[name]) for name, value in now.items())
 
 
 @pytest.mark.parametrize(
@@ -234,6 +268,56 @@ def test_a_step_without_memory_runs_again_in_halves(share: float) -> None:
         found = learnt(None, kind="unet", steps=3, hooks=training.Hooks(lambda state: False, halved=sizes.append))
     assert sizes == [8] and little.refused_in
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [None, Slots(1, BATCH_IMAGES)])
+def test_the_loss_scale_is_that_of_pytorch(slots: Slots | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are the weights: a step that overflows is left out by both, and a resumed Adam counts only the others."""
+    for name, value in zip(("INITIAL_SCALE", "GROWTH_STEPS"), OVERFLOWING, strict=True):
+        monkeypatch.setattr(precision_module, name, value)
+    objective, settings = objective_and_settings("dit", precision="fp16", adam_eps=1e-3)
+    told = {"num_classes": CLASSES, "null_class": True}
+    ours, theirs = (build("dit", image_size=SIZE, **told).train() for _ in range(2))
+    state, found, steps = create_state(ours, settings.train, settings.averages), list[list[float]](), list[float]()
+
+    def after_step(state: TrainState) -> bool:
+        assert state.loss_scale
+        found.append(state.loss_scale.values.tolist())
+        steps.append(next(iter(state.optimizer.steps.values())).item())
+        state.resume_at(state.images_seen, BATCH_IMAGES)
+        assert steps[-1] == next(iter(state.optimizer.steps.values())).item()
+        return False
+
+    batches, hooks = batches_of(40, [*range(BATCH_IMAGES)]), training.Hooks(after_step)
+    training.train(state, Slow(ours, "fp16", 0), batches, objective, settings, CPU, hooks, slots)
+
+    initial_scale, growth_steps = OVERFLOWING
+    scaler = torch.amp.GradScaler("cpu", init_scale=initial_scale, growth_interval=growth_steps)
+    adam, scales = torch.optim.AdamW(theirs.parameters(), 0.01, eps=1e-3, weight_decay=0, fused=True), []
+    for step, batch in enumerate(batches):
+        whole = [slice(0, BATCH_IMAGES)]
+        drawn = training.draw(batch, step * BATCH_IMAGES, whole, objective, settings, torch.device("cpu"))
+        adam.zero_grad()
+        scaler.scale(drawn.losses(Slow(theirs, "fp16", 0), objective, settings).mean()).backward()
+        scaler.unscale_(adam)
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        scaler.step(adam)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert [factor for factor, *_ in found] == scales
+    halved = sum(now < before for before, now in pairwise([initial_scale, *scales]))
+    assert found[-1][2] == halved and steps[-1] == 40 - halved and state.images_seen == 40 * BATCH_IMAGES
+    # It overflows at first, and again after it grew.
+    assert 5 < halved < 30 and any(a < b > c for a, b, c in zip(scales, scales[1:], scales[2:], strict=False))
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+def test_a_step_that_overflows_changes_the_loss_scale_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision_module, "INITIAL_SCALE", 2.0**60)
+    before, after = (learnt(Slots(1, BATCH_IMAGES), kind="edm2", steps=n, precision="fp16") for n in (0, 3))
+    assert before.pop("optimizer.loss_scale").tolist() == [2.0**60, 0, 0]
+    assert after.pop("optimizer.loss_scale").tolist() == [2.0**57, 0, 3]
+    assert {name for name, value in before.items() if not torch.equal(value, after[name])} == set()
 
 
 def test_learnt_uncertainty_divides_the_error() -> None:
@@ -312,10 +396,10 @@ def test_the_fingerprint_of_kernels_depends_on_no_threads_and_on_the_precision()
     usual, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((kernels_of(False), kernels_of(True)))
+        found.append(tuple(map(kernels_of, ("fp32", "bf16", "fp16"))))
         assert torch.get_num_threads() == threads
     torch.set_num_threads(usual)
-    assert found == [found[0]] * 3 and found[0][0] != found[0][1]
+    assert found == [found[0]] * 3 and len(set(found[0])) == 3
 
 
 def test_shared_network_gives_the_same_answers() -> None:

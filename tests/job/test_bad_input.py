@@ -34,7 +34,7 @@ MEANINGLESS = [
     ("sample --run a --sampler plms", 64, "--sampler 'plms' … 'ddpm', 'ddim'"),
     ("sample --run a --sampler own", 64, "--sampler 'own' … module:function"),
     ("sample --run a --sampler ../mine:walk", 64, "--sampler '../mine:walk' … module:function"),
-    ("sample --run a --precision fp16", 64, "--precision 'fp16' … 'fp32' or 'bf16'"),
+    ("sample --run a --precision fp8", 64, "--precision 'fp8' … 'bf16' or 'fp16'"),
     ("sample --run a --seeds 3-1", 64, "--seeds '3-1' … such as 0-63"),
     ("sample --run a --seeds 99999999999999999999", 64, "--seeds '99999999999999999999' … of up to 18 digits"),
     ("sample --run a --seeds 0-99999", 64, "--seeds … at most 10,000"),

@@ -257,6 +257,7 @@ def test_a_preemption_without_images_saves(proxy, remote_bucket, processes):
     assert f"after {newest:,} images; everything is saved" in said
 
 
+@pytest.mark.slow
 def test_images_that_do_not_come(tiles, tmp_path, monkeypatch):
     """Checkpoints come before the wait for a shard, and a stop does not wait for it."""
     opened, lacking, going_on = session.open_cache, threading.Event(), threading.Event()

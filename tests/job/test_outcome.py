@@ -17,8 +17,10 @@ import torch
 
 from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BadRequestError, BucketAwayError, LostRunError, StoppedError
+from job.platform import boot_clock
 from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
+from tests.conftest import only_linux
 from tests.job.command_line import DDPM, ddpm, ddpm_here, ran, refused, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
@@ -63,7 +65,7 @@ def test_the_first_deadline_stays(installed):
         stop = installed()
         assert not stop()
         eventually(stop, 10)
-        assert float(set_at) <= time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert float(set_at) <= boot_clock()
     assert stop.reason == "its deadline (--stop-after)"
     assert STOP_AT not in os.environ
     with deadline(""):
@@ -153,6 +155,7 @@ def run_training(*arguments):
 
 
 @pytest.mark.slow
+@only_linux
 def test_memory_that_runs_out_on_the_machine(tmp_path):
     variables = {"PYTHONPATH": hooked(tmp_path / "hooks", job__training__session=LITTLE_MEMORY)}
     variables["DDPM_CACHE"] = str(tmp_path / "cache")
@@ -165,6 +168,7 @@ def test_memory_that_runs_out_on_the_machine(tmp_path):
     succeeded(ddpm(*words, "--set", "train.micro_batch_size=16", **variables))
 
 
+@only_linux
 def test_a_limit_below_the_program_itself(tmp_path):
     said = refused(ddpm("data", "list", "--bucket", tmp_path, program=("prlimit", "--as=60000000", DDPM)), 1)
     assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): allow more \(`ulimit -a`\)", said)

@@ -163,6 +163,7 @@ def most_alike(some: np.ndarray, others: np.ndarray) -> float:
     return float((unit @ unit_too.T).max())
 
 
+@pytest.mark.slow
 def test_a_preset_gives_what_is_not_of_the_network(bucket):
     """Guidance only if the network can give it."""
     for run, preset, sets, guidance in (

@@ -148,6 +148,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_machine_loses_its_piece(store):
     """Nobody waits for a piece of one that is alive."""
     child = subprocess.Popen([sys.executable, "-c", KILLED, store.uri], stdout=subprocess.PIPE, text=True)

@@ -191,7 +191,7 @@ TAKES = {
     "data.crop_scale": "list of number > 0 ≤ 1",
     "data.size": "integer ≥ 1 ≤ 4,096 or string or null",
     "model.kind": "|".join(NETWORKS),
-    "train.precision": "auto|fp32|bf16",
+    "train.precision": "auto|fp32|bf16|fp16",
 }
 
 

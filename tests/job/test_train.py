@@ -12,7 +12,7 @@ import sys
 import tarfile
 import time
 from contextlib import nullcontext
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load, load_file
 
-from ddpm import training
+from ddpm import precision, training
 from ddpm.threads import threads_of
 from job.exits import Exit, NotANumberError, StoppedError
 from job.requests import TrainRequest
@@ -240,6 +240,7 @@ def test_a_run_that_saves_often_keeps_its_last_epochs(packed):
     assert kept(packed, "often") == there
 
 
+@pytest.mark.slow
 def test_grids_come_ever_more_rarely(packed, monkeypatch):
     """An attempt that ended between the checkpoint and its grid leaves the grid to the next one."""
     monkeypatch.setattr(session, "GRIDS_SHARE", float("inf"))
@@ -295,13 +296,34 @@ def test_a_run_that_ends_before_it_trains_says_so_on_its_page(tiles, tmp_path):
     assert '<span class="state failed">' in (bucket / "runs/tiles/report.html").read_text()
 
 
-def test_a_non_finite_gradient_ends_training(packed):
+@pytest.mark.parametrize(("precision_", "said"), [("fp32", "images; what"), ("fp16", "even at a loss scale of 1")])
+def test_a_non_finite_gradient_ends_training(packed, monkeypatch, precision_, said):
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 1.0)
     explosive = "train.optimizer=adam train.learning_rate=1e9 train.warmup_images=0 checkpoint.every_minutes=1e-9"
+    name = f"explodes-{precision_}"
     for _ in range(2):
-        error = train(packed, "explodes", explosive, epochs=1, ending=NotANumberError)
-        assert error.exit_code == 70 and "not a finite number" in str(error)
-        assert kept(packed, "explodes") == [24]
-        assert read_status(run_of(packed, "explodes")).state == "failed"
+        sets = f"{explosive} train.precision={precision_}"
+        error = train(packed, name, sets, epochs=1, ending=NotANumberError)
+        assert error.exit_code == 70 and "not a finite number" in str(error) and said in str(error)
+        assert kept(packed, name) == [24]
+        assert read_status(run_of(packed, name)).state == "failed"
+
+
+def test_a_resumed_run_in_fp16_leaves_the_same_steps_out(packed, monkeypatch):
+    """It stops between two that overflow; what Adam and the averages know depends on those that were left out."""
+    monkeypatch.setattr(precision, "INITIAL_SCALE", 2.0**30)
+    monkeypatch.setattr(precision, "GROWTH_STEPS", 3)
+    sets = "train.precision=fp16 log.every_images=24 ema.stds=0.1"
+    train(packed, "fp16", sets, epochs=2)
+    for stop_after in (3, 12, None):
+        train(packed, "fp16-resumed", sets, epochs=2, stop_after=stop_after)
+    ref, tensors, rows = bit_equal(packed, "fp16", "fp16-resumed")
+    assert ref.fence == 3
+    factors = [row["loss_scale"] for row in rows]
+    assert factors[0] == 2.0**29 and any(a < b for a, b in pairwise(factors))
+    (left_out,) = tensors["optimizer.loss_scale"][2:].tolist()
+    assert left_out == sum(b < a for a, b in pairwise([2.0**30, *factors]))
+    assert [row["images_seen"] for row in rows if "loss" not in row][:3] == [24, 48, 72]
 
 
 def images_in(dataset: Path) -> list[bytes]:

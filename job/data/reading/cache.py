@@ -30,6 +30,7 @@ from job.data.images import Recipe, RejectedImageError, codec_versions, decode, 
 from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
+from job.platform import allocate
 from job.progress import Progress
 from job.stop import NEVER, STOP_POLL_SECONDS, Stop, in_order
 from job.store import Store, open_to_read, split_uri
@@ -486,7 +487,7 @@ def _allocate(path: Path, size_bytes: int) -> None:
     where = f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"
     try:
         with os_errors(where), path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            allocate(file.fileno(), size_bytes)
             os.truncate(file.fileno(), size_bytes)
     except DiskFullError:
         path.unlink(missing_ok=True)

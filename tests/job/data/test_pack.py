@@ -341,7 +341,7 @@ def test_ensure_compares_the_source(tmp_path, source):
     assert index.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", ["ensure", "pack"])
+@pytest.mark.parametrize("command", ["ensure", pytest.param("pack", marks=pytest.mark.slow)])
 def test_a_dataset_is_replaced_unless_a_run_trains_on_it(tmp_path, command):
     first, second = (zip_of(tmp_path / f"{n}.zip", [(f"{n}.jpg", jpeg(n)), ("b.jpg", jpeg(9))]) for n in range(2))
     bucket = tmp_path / "bucket"

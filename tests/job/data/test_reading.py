@@ -31,6 +31,7 @@ from job.progress import Progress
 from job.stop import NEVER, Stop
 from job.store.files import default_cache_dir
 from job.store.local import LocalStore
+from tests.conftest import only_linux
 from tests.job import small_dataset
 from tests.job.command_line import environment
 from tests.job.damages import flip_a_bit
@@ -193,6 +194,7 @@ def test_processes_share_the_decoding(tmp_path):
 
 
 @pytest.mark.slow
+@only_linux
 def test_memory_does_not_grow_with_dataset(tmp_path):
     """The larger dataset has ten times the budget."""
     roots = [tmp_path / name for name in ("small", "large")]

@@ -21,6 +21,7 @@ from job.exits import BadRequestError, Exit, State
 from job.jobs.backends import JobStatus
 from job.jobs.backends.local import LocalTarget
 from job.jobs.spec import JobSpec
+from tests.conftest import only_linux
 from tests.job.command_line import (
     DDPM,
     about,
@@ -65,6 +66,7 @@ def record_of(name: str) -> Path:
 
 
 @pytest.mark.slow
+@only_linux
 def test_background_jobs_are_watched_known_and_stopped(bucket, monkeypatch):
     words = ["submit", "train", *about(bucket, "long"), "--epochs", "1000", "--on", "local"]
     child = subprocess.Popen([DDPM, *words, "--watch"], env=environment(), stderr=subprocess.PIPE, text=True)

@@ -24,6 +24,7 @@ from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.submit import _as_yaml, wait_seconds
 from job.jobs.targets import load_targets, target_on
 from job.options import options_of
+from tests.conftest import only_linux
 from tests.job.command_line import DDPM, ddpm, ddpm_here, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, KINDS, built, parsed
 
@@ -234,6 +235,7 @@ def test_one_machine_makes_all_slices(on):
 
 
 @pytest.mark.parametrize("on", ["gke", "vm", "local", "container"])
+@only_linux
 def test_dry_runs_need_nothing(targets_folder, on):
     """Neither credentials nor a network, nor a home folder."""
     nothing = dict.fromkeys(("HOME", "KUBECONFIG", "GOOGLE_APPLICATION_CREDENTIALS"), "/nonexistent")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job import platform
 from job.exits import BadRequestError, JobError, MissingInputError, Restart, restart_after
 from job.processes import group
 from job.processes.group import Group
@@ -49,7 +50,7 @@ def test_the_environment_describes_the_group():
 def test_threads_follow_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(group, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(platform, "CPU_LIMIT", tmp_path / "cpu.max")
     limits = [("", 2, 32), ("max 100000", 1, 64), ("850000 100000", 2, 4), ("50000 100000", 1, 1)]
     for limit, processes, threads in limits:
         (tmp_path / "cpu.max").write_text(limit)
@@ -61,7 +62,7 @@ def test_threads_follow_the_cores(tmp_path, monkeypatch):
 
 
 def test_missing_gpus_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(group, "DRIVER", tmp_path)
+    monkeypatch.setattr(group, "DRIVERS", (tmp_path / "none", tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(group, "_cuda", lambda: ("13.0", 1, 80.0))
         for given in ("", "0", "1"):
@@ -290,6 +291,17 @@ def training_noise(seed, image_numbers, *how):
 
 randomness.training_noise = training_noise
 """
+LATE = """
+import time
+add = HostEMA._add
+
+def late(*how):
+    time.sleep(0.05)
+    add(*how)
+
+HostEMA._add = late
+"""
+OVERFLOWS = "INITIAL_SCALE, GROWTH_STEPS = 2.0**30, 3"
 HOLDS = """
 import hashlib
 resumes = TrainingAttempt._restore
@@ -309,7 +321,7 @@ TrainingAttempt._restore = held
 @pytest.fixture
 def started(place, tmp_path):
     """Starts a command whose processes stop themselves at an image."""
-    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT)
+    folder = hooked(tmp_path / "hooks", ddpm__training=STOPS_AT, ddpm__precision=OVERFLOWS, ddpm__ema=LATE)
 
     def started(run, precision, processes, stop_at_image, *options, **variables):
         network = settings(train__precision=precision, **ALL_THAT_IS_DRAWN)
@@ -333,15 +345,23 @@ def losses_of(run):
 
 
 @pytest.mark.slow
-def test_killed_and_moved_processes_leave_the_same_bits(place, started):
-    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4."""
+@pytest.mark.parametrize(
+    "setting", ["train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"]
+)
+def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
+    """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4.
+
+    Averages in host memory have the bits of those on the device.
+    """
+    whole_run, moved_run = (f"{name}-{setting.partition('=')[2]}" for name in ("stayed", "parted"))
+    precision = setting.removeprefix("train.precision=") if "precision" in setting else "fp32"
     words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
-    words += ("--set", "checkpoint.every_minutes=0.001")
-    ended = started("stayed", "fp32", 1, 10**9, *words)
-    stopped(started("parted", "fp32", 2, 130, *words))
-    assert started("parted", "fp32", 1, 250, *words, KILL="9").wait(250) == 137
-    assert started("parted", "fp32", 3, 400, *words, KILL="9").wait(250) not in (0, 75)
-    moved = started("parted", "fp32", 4, 10**9, *words)
+    words += ("--set", "checkpoint.every_minutes=0.001", "--set", setting)
+    ended = started(whole_run, precision, 1, 10**9, *words, *(("--set", "ema.device=null") if "ema" in setting else ()))
+    stopped(started(moved_run, precision, 2, 130, *words))
+    assert started(moved_run, precision, 1, 250, *words, KILL="9").wait(250) == 137
+    assert started(moved_run, precision, 3, 400, *words, KILL="9").wait(250) not in (0, 75)
+    moved = started(moved_run, precision, 4, 10**9, *words)
     said, _ = moved.communicate(timeout=250)
     assert moved.returncode == ended.wait(250) == 0
     assert "rounding differs" not in said
@@ -350,13 +370,16 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started):
         run = place.run(name)
         ref = max(list_checkpoints(run))
         manifest = load_manifest(run, ref)
-        losses = [row["loss"] for row in read_rows(run, manifest.metrics, pytest.fail)]
+        losses = [(row.get("loss"), row.get("loss_scale")) for row in read_rows(run, manifest.metrics, pytest.fail)]
         assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
         return ref.fence, losses, [file.sha256 for file in manifest.files], np.array(Image.open(grid))
 
-    (*whole, drawn), (*parted, drawn_again) = result("stayed"), result("parted")
+    (*whole, drawn), (*parted, drawn_again) = result(whole_run), result(moved_run)
     assert (whole[0], parted[0]) == (1, 4)
+    # Steps are left out before and after the kills, and the scale grows between them.
+    scales = {scale for _, scale in whole[1]}
+    assert (len(scales) > 3) == (precision == "fp16")
     assert whole[1:] == parted[1:]
     # The title above the pictures has the name of the run.
     assert not (drawn != drawn_again)[len(drawn) // 4 :].any()

@@ -16,6 +16,7 @@ import pytest
 
 from job.coordination.outcome import JOB, read_outcome
 from job.stop import STOP_AT
+from tests.conftest import only_linux
 from tests.job.command_line import environment, settings, started
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
@@ -174,6 +175,7 @@ def test_signals_reach_every_rank(tmp_path, code, processes, name):
     assert len([*tmp_path.glob("*.stopped")]) == (processes if code == STOPS else 0)
 
 
+@only_linux
 def test_as_process_1_of_a_container(tmp_path):
     """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
     before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -187,6 +189,7 @@ def test_as_process_1_of_a_container(tmp_path):
     assert ended(child) == (75, "", "")
 
 
+@only_linux
 def test_ranks_die_with_their_launcher(tmp_path):
     child = start(tmp_path, f"{DEAF}; ready(); time.sleep(60)", 3)
     ranks = ready_pids(tmp_path, 3)
@@ -306,6 +309,7 @@ WAITING = [
 
 
 @pytest.mark.parametrize(("processes", "more", "node", "code", "said"), WAITING)
+@only_linux
 def test_ranks_wait_for_the_checks(tiles, tmp_path, processes, more, node, code, said):
     """They have imported everything while the launcher still checks the command: it alone speaks and writes."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")

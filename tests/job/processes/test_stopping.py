@@ -161,6 +161,7 @@ TRAIN = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 IMPORTS = (sys.executable, "-c", "import job.__main__ as m; print(flush=True); m.main()")
 
 
+@pytest.mark.slow
 def test_commands_without_a_bucket():
     """While modules are imported, and while a server takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent, metadata_server() as server:

@@ -266,6 +266,7 @@ def test_evenly_has_both_ends():
     assert evenly(500, 60)[0] == 0 and evenly(500, 60)[-1] == 499 and len({*evenly(500, 60)}) == 60
 
 
+@pytest.mark.slow
 def test_page_is_there_from_the_beginning_to_a_stop(tiles, tmp_path):
     """It opens in the browser that a person names, and a stopped run has a page of its last moment."""
     bucket = shutil.copytree(tiles, tmp_path / "bucket")

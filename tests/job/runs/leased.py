@@ -91,7 +91,10 @@ def live_tensors() -> dict[str, dict[str, torch.Tensor]]:
     return {
         "model": {"conv.weight": weight, "conv.bias": torch.randn(8, generator=generator)},
         "ema": {"conv.weight": weight.clone(), "conv.bias": torch.zeros(8)},
-        "optimizer": {"exp_avg.conv.weight": torch.randn(8, 4, 3, 3, generator=generator)},
+        "optimizer": {
+            "exp_avg.conv.weight": torch.randn(8, 4, 3, 3, generator=generator),
+            "exp_avg.coded": torch.arange(256).to(torch.uint8),
+        },
     }
 
 

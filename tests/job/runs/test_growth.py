@@ -39,7 +39,7 @@ def sample_of(rank, epoch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("bucket_uri", ["gs", "s3"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["gs"], indirect=True)
 def test_a_long_run_does_not_grow(bucket_uri, tmp_path):
     """In 4,000 steps and 200 checkpoints."""
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 8, 8))) for n in range(IMAGES)])

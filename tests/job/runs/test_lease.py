@@ -24,6 +24,7 @@ from job.runs.records import read_status
 from job.stop import NEVER
 from job.store import ConflictError, open_store
 from job.store.local import LocalStore
+from tests.conftest import only_linux
 from tests.job.command_line import ddpm, raised, settings, started, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import QUICK, by_somebody_elsewhere, children, eventually, lasting, record_in, taken
@@ -283,6 +284,7 @@ def start():
         child.process.communicate()
 
 
+@only_linux
 def test_killed_holders_are_replaced_at_once(new_run, start):
     holder = start(new_run.uri)
     assert holder.took() == 1
@@ -339,6 +341,7 @@ def ticks_now():
     return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
 
 
+@only_linux
 def test_only_a_killed_process_is_dead(start, monkeypatch):
     me = ProcessIdentity.of_this_process()
     assert (me.pid, len(me.boot_id), me.certainly_dead()) == (os.getpid(), 36, False)
@@ -365,6 +368,7 @@ def test_only_a_killed_process_is_dead(start, monkeypatch):
         assert not identity.model_copy(update=elsewhere).certainly_dead(), elsewhere
 
 
+@only_linux
 def test_another_namespace_counts_as_alive(start):
     me, there = ProcessIdentity.of_this_process(), [start(wrapper=UNSHARE + more) for more in (("--mount-proc",), ())]
     identity, other = [child.identity() for child in there]

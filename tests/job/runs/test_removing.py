@@ -18,6 +18,7 @@ from job.runs.retention import Reader, Retention, being_read, kept_while_read
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from job.verbs import upkeep
+from tests.conftest import only_linux
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.launching import StopWhen, taken
@@ -181,6 +182,7 @@ def test_a_run_in_use_stays(bucket, run, quick):
     assert load_lease(run).released
 
 
+@only_linux
 def test_a_killed_sampler_holds_nothing(bucket, run):
     """On its own machine."""
     with subprocess.Popen(["sleep", "60"]) as child:

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -24,6 +25,7 @@ from job.runs.metric_rows import read_rows
 from job.runs.outlook import Cadence, best_interval_seconds, interval_seconds
 from job.runs.records import LastStatus
 from job.runs.retention import kept_while_read
+from job.runs.writer import write_part
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
@@ -85,6 +87,12 @@ def test_checkpoints_hold_the_values_then(run, monkeypatch):
     assert [tensor.unique().tolist() for tensor in target["model"].values()] == [[i - 100.0] for i in range(10)]
 
 
+def test_files_are_those_of_safetensors(tmp_path):
+    tensors = {"b": torch.rand(7), "a": torch.arange(9).to(torch.uint8), "c": torch.rand(2, 3)}
+    write_part(tmp_path / "file", "key", tensors)
+    assert (tmp_path / "file").read_bytes() == safetensors.torch.save(tensors, {"format": "pt"})
+
+
 def test_a_failed_save_is_raised_later(run):
     run.hooks["move"] = Mock(side_effect=BadDataError("the disk ate it"))
     writer = writer_of(leased(run))
@@ -132,6 +140,7 @@ def test_old_checkpoints_and_leftovers_go(run):
     assert all(decisive[number - 1] == "confirm" for number in manifests)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_use_stays(run, notes):
     # Each ends an epoch.
     writer = writer_of(leased(run, checkpoint__keep_last=1))

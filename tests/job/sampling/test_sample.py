@@ -93,12 +93,13 @@ def test_samplers_without_noise_agree(draw):
         assert np.abs(draw(seeds, 4, steps=12, **noisy) - exact).mean() > 20, noisy
 
 
-def test_bf16_differs_a_little(draw):
+@pytest.mark.parametrize(("precision", "levels"), [("bf16", BF16_LEVELS), ("fp16", BF16_LEVELS / 4)])
+def test_half_precision_differs_a_little(draw, precision, levels):
     fp32 = draw(SEEDS, 64)
-    bf16 = {batch_size: draw(SEEDS, batch_size, precision="bf16") for batch_size in (1, 3, 64)}
-    for images in bf16.values():
-        assert np.abs(images - bf16[64]).mean() < BF16_LEVELS
-        assert 0 < np.abs(images - fp32).mean() < BF16_LEVELS
+    half = {batch_size: draw(SEEDS, batch_size, precision=precision) for batch_size in (1, 3, 64)}
+    for images in half.values():
+        assert np.abs(images - half[64]).mean() < levels
+        assert 0 < np.abs(images - fp32).mean() < levels
 
 
 def test_a_grid_is_found_once(bucket, sample):

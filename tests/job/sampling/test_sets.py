@@ -23,6 +23,7 @@ from job.sampling.pictures import made_piece
 from job.sampling.sampling_plan import SampleSet, plan_sampling, plan_sets
 from job.store import Store, open_store
 from job.verbs.upkeep import verify_run
+from tests.conftest import only_linux
 from tests.job.command_line import ddpm, ddpm_here, refused, started, succeeded
 from tests.job.damages import flip_a_bit
 from tests.job.launching import children, eventually, is_gone
@@ -145,6 +146,7 @@ def test_slices_make_what_one_process_makes(bucket, far):
 
 
 @pytest.mark.slow
+@only_linux
 def test_a_stop_keeps_committed_pieces(bucket):
     images = set_of(bucket, 96, steps=25)
     typed = words(bucket, 96, *SLOW, "--processes", 2)

@@ -25,7 +25,7 @@ from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.base import Blob
 from job.store.retry import UnknownHostError
-from tests.conftest import new_bucket
+from tests.conftest import new_bucket, only_linux
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
 from tests.job.command_line import environment, raised
@@ -420,6 +420,7 @@ for name in ("small", "large"):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@only_linux
 def test_a_large_object_takes_little_memory(remote_bucket: str, tmp_path: Path) -> None:
     for name, size_bytes in (("small", 1 << 20), ("large", MOVED_BYTES)):
         with (tmp_path / name).open("wb") as file:

@@ -300,7 +300,7 @@ def race(uri: str, folder: Path, racers: range) -> list[tuple[str, int]]:
 
 
 # moto compares and then writes, with a thread for each request and no lock: there several may win.
-@pytest.mark.parametrize("store", ["local", *KINDS], indirect=True)
+@pytest.mark.parametrize("store", [pytest.param("local", marks=pytest.mark.slow), *KINDS], indirect=True)
 def test_one_of_many_writers_wins(store: Store, tmp_path: Path) -> None:
     """In a folder those of several processes: a server does not know whose threads they are."""
     store.create("counter", b"0")
