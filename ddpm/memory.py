@@ -11,8 +11,8 @@ import torch
 
 T = TypeVar("T")
 
-_WORDS = "can't allocate memory", "MPS backend out of memory"
-"""The words of bare RuntimeErrors about memory, on a CPU and on MPS."""
+_WORDS = "can't allocate memory", "could not create a primitive", "MPS backend out of memory"
+"""The words of bare RuntimeErrors about memory, on a CPU by PyTorch and by oneDNN, and on MPS."""
 
 
 def ran_out(error: BaseException) -> bool:

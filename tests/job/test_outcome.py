@@ -18,7 +18,10 @@ import torch
 from job.coordination.outcome import JOB, Outcome, outcome_written, read_outcome
 from job.exits import BadRequestError, BucketAwayError, LostRunError, StoppedError
 from job.platform import boot_clock
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.metric_rows import read_rows
 from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
+from job.store import open_store
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
 from tests.conftest import only_linux
 from tests.job.command_line import DDPM, ddpm, ddpm_here, ran, refused, settings, succeeded
@@ -166,6 +169,47 @@ def test_memory_that_runs_out_on_the_machine(tmp_path):
     said = refused(ddpm(*words, **variables), 1)
     assert "memory ran out on the machine" in said and "smaller train.micro_batch_size" in said
     succeeded(ddpm(*words, "--set", "train.micro_batch_size=16", **variables))
+
+
+LITTLE_OF_A_STEP = """
+losses = MicroBatch.losses
+
+def with_little_memory(images, *others):
+    if len(images.image_numbers) > 40:
+        raise torch.OutOfMemoryError
+    return losses(images, *others)
+
+MicroBatch.losses = with_little_memory
+"""
+LITTLE_OF_A_RANK = """
+whole = _pass
+
+def _pass(model, config, images, device):
+    if images > 40 and os.environ.get("RANK") == "1":
+        raise torch.OutOfMemoryError
+    whole(model, config, images, device)
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_a_step(tmp_path):
+    """One process does the step again in halves; several agree on what fits them all before the first step."""
+    hooks = hooked(tmp_path / "hooks", ddpm__training=LITTLE_OF_A_STEP, job__processes__compute=LITTLE_OF_A_RANK)
+    place = ("--bucket", tmp_path / "bucket")
+    ran("data", "ensure", "landscape-sample", *place)
+    sets = [*settings(train__batch_size="299"), "--set", "train.exact=false", "--set", "train.micro_batch_size=auto"]
+    words = ("train", "--dataset", "landscape-sample", *place, *sets)
+    rows, said = {}, {}
+    for run, more in (("whole", ()), ("halved", ()), ("of-two", ("--processes", 2))):
+        done = ddpm(*words, "--run", run, "--epochs", 2, *more, **({} if run == "whole" else {"PYTHONPATH": hooks}))
+        succeeded(done)
+        said[run] = re.findall("from now on (.*) images at once per process", done.stderr)
+        store = open_store(str(tmp_path / "bucket")).sub(f"runs/{run}")
+        manifest = load_manifest(store, max(list_checkpoints(store)))
+        rows[run] = [row["loss"] for row in read_rows(store, manifest.metrics, pytest.fail)]
+    assert said == {"whole": [], "halved": ["150", "75", "38"], "of-two": ["38"]}
+    assert rows["halved"] == pytest.approx(rows["whole"], rel=1e-4)
+    assert rows["of-two"] == pytest.approx(rows["whole"], rel=1e-4)
 
 
 @only_linux

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -73,6 +74,20 @@ def test_images_depend_on_seeds_alone(draw):
         assert np.abs(draw([SEEDS[i] for i in chosen], 2, **sampling) - images[chosen]).max() <= 1, sampling
         different = np.abs(images[:, None] - images[None]).mean(axis=(2, 3, 4))
         assert different[~np.eye(7, dtype=bool)].min() > 10, sampling
+
+
+def test_a_batch_without_memory_is_drawn_in_halves(draw, monkeypatch):
+    expected, sample_alone, sizes = draw(SEEDS, 64), Painter.sample_alone, []
+
+    def with_little_memory(painter, seeds, *arguments):
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
+            raise torch.OutOfMemoryError
+        return sample_alone(painter, seeds, *arguments)
+
+    monkeypatch.setattr(Painter, "sample_alone", with_little_memory)
+    assert np.abs(draw(SEEDS, 64) - expected).max() <= 1
+    assert sizes == [7, 4, 2, 2, 3, 2, 1]
 
 
 ORDERS = {"unipc": 2, "ipndm": 2, "deis": 3}
