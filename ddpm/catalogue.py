@@ -231,7 +231,7 @@ class Train:
     seed: Annotated[
         int, Interval(ge=0, lt=2**63), "seed of all random numbers: weights, data order, noise, dropout"
     ] = 0
-    precision: Annotated[Precision, "auto: bf16 if the hardware has it, fp16 on other GPUs with tensor cores"] = "auto"
+    precision: Annotated[Precision, "auto: bf16 if the hardware has it, fp16 on other GPUs since Volta"] = "auto"
     exact: Annotated[
         bool | None,
         "equal bits on 1 to train.slots processes; on GPUs of one kind, where it is slower; null: only on a CPU",

@@ -11,7 +11,7 @@ def best_device(processes: int = 1) -> torch.device:
     Several processes of a Mac share its CPU: no backend of torch.distributed takes tensors of `mps`. The variable of
     Accelerate that asks for the CPU holds here, too.
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -22,11 +22,3 @@ def exact_device(device: torch.device | str) -> torch.device:
     """Returns the device that computes for another what must be exact: the CPU for `mps`, which has no float64."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def copies_beside(device: torch.device) -> bool:
-    """Returns whether copies to and from a device may go on beside the host: on `mps` these give wrong values.
-
-    (github.com/pytorch/pytorch/issues/139550 and 189690)
-    """
-    return device.type == "cuda"

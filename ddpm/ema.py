@@ -168,7 +168,7 @@ class HostEMA(EMA):
         torch.set_num_threads(threads)
         if copied is not None:
             copied.synchronize()
-        current = [self._read[name].to(torch.float32) for name in self.shadow]
+        current = [self._read[name].to("cpu", torch.float32) for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), current, weight)
 
     def before_change(self) -> None:

@@ -11,8 +11,11 @@ import torch
 
 T = TypeVar("T")
 
-_WORDS = "can't allocate memory", "could not create a primitive", "MPS backend out of memory"
-"""The words of bare RuntimeErrors about memory, on a CPU by PyTorch and by oneDNN, and on MPS."""
+_WORDS = (
+    *("can't allocate memory", "could not create a primitive", "MPS backend out of memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+"""The words of bare RuntimeErrors about memory: of PyTorch, oneDNN and CUDA's libraries."""
 
 
 def ran_out(error: BaseException) -> bool:

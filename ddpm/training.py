@@ -17,7 +17,7 @@ from torch import Tensor, autograd, nn
 from ddpm import memory, randomness
 from ddpm.augment import Augmentation, Latents
 from ddpm.catalogue import NetworkConfig, Train
-from ddpm.device import copies_beside, exact_device
+from ddpm.device import exact_device
 from ddpm.ema import Profile
 from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
@@ -137,7 +137,8 @@ def draw(
     on_host, size = torch.from_numpy(batch.image_numbers), ImageSize(*batch.images.shape[-2:])
     points = [objective.draw(options.seed, on_host[part], options.batch_size) for part in parts]
     augmentations = [settings.augmentation.draw(options.seed, on_host[part], size) for part in parts]
-    beside = copies_beside(to)
+    # On `mps` copies beside the host give wrong values (github.com/pytorch/pytorch/issues/139550 and 189690).
+    beside = to.type == "cuda"
     numbers, labels = on_host.to(exact_device(to), non_blocking=beside), batch.labels
     if labels is not None:
         labels = labels.to(to, non_blocking=beside)
@@ -191,6 +192,7 @@ def train(
     # DDP averages gradients over processes; with this factor each image weighs 1/batch, also in unequal parts.
     ddp_weight = accelerator.num_processes / options.batch_size
     most_images, world_size = micro_batch_images(options), accelerator.num_processes
+    fewest = fewest_micro_batches(slots, options.batch_size, most_images, world_size)
     # A view: it has the factor of each step.
     factor = state.loss_scale.values[0] if state.loss_scale else torch.ones((), device=device)
 
@@ -211,7 +213,6 @@ def train(
 
     def should_abandon(micro_batches: int) -> bool:
         # A process that asked more often than the one with the fewest micro-batches would wait for ever.
-        fewest = fewest_micro_batches(slots, options.batch_size, most_images, world_size)
         return 0 < micro_batches < fewest and hooks.should_abandon()
 
     network.train()
@@ -238,6 +239,7 @@ def train(
             state.model.zero_grad()
             memory.free()
             most_images = (failed_images + 1) // 2
+            fewest = fewest_micro_batches(slots, options.batch_size, most_images, world_size)
             hooks.halved(most_images)
         if losses is None:
             state.model.zero_grad()

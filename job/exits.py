@@ -265,6 +265,7 @@ def _out_of_memory(error: Exception) -> str:
     # kernel and the loader where a limit such as `ulimit -v` leaves no room for the program itself.
     words = (
         r"can(no|')t allocate memory|could not create a primitive|(\S+\.so\S* )?failed to map segment|start new thread"
+        "|MPS backend out of memory"
     )
     said = re.search(words, text, re.IGNORECASE)
     if not (is_gpu or isinstance(error, MemoryError) or said):
@@ -274,7 +275,7 @@ def _out_of_memory(error: Exception) -> str:
     place, allow = ("GPU", "") if is_gpu else ("machine", "allow more (`ulimit -a`), or ")
     return (
         f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
-        "rounding and nothing else, or with model.gradient_checkpointing=true; a new run may have another "
+        "the rounding and the masks of dropout, or with model.gradient_checkpointing=true; a new run may have another "
         "train.precision, train.optimizer or size; what was saved is there, and the same command goes on from it"
     )
 

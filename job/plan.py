@@ -206,7 +206,9 @@ def plan_run(
     if suited:
         before, now = stored.flat() if stored else {}, config.flat()
         suits = {key: value for key, value in suited(config.train.batch_size).items() if now[key] in _OPEN}
-        config = config.updated(suits | {key: before[key] for key in suits if before.get(key) not in _OPEN})
+        # The micro-batch is free: a person who types auto for a run of a fixed one lacks memory.
+        kept = {key: before.get(key) for key in suits.keys() - {"train.micro_batch_size"}}
+        config = config.updated(suits | {key: value for key, value in kept.items() if value not in _OPEN})
     check_sampling(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import psutil
@@ -51,7 +52,7 @@ def suited(batch_size_images: int) -> dict[str, Any]:
     slots = min(_MOST_SLOTS, batch_size_images, max(cores, batch_size_images // _SLOT_IMAGES))
     found = {"train.precision": best_precision(), "train.slots": slots, "train.slot_threads": max(1, cores // slots)}
     # A GPU runs out of memory by an error, a CPU mostly by a kill, which leaves nothing to decide.
-    return found | ({"train.micro_batch_size": "auto"} if torch.cuda.is_available() else {})
+    return found | ({"train.micro_batch_size": "auto"} if own_device().type != "cpu" else {})
 
 
 def memory_of_gpu_gib() -> float:
@@ -105,7 +106,8 @@ def fitting_images(model: nn.Module, config: RunConfig, images: int, ranks: Rank
     """Returns the most images, at most `images`, whose pass fits the memory of every process, by halving. Collective.
 
     The passes are those of the model without DDP: a process that failed inside of DDP's backward would leave the others
-    waiting. The second one meets the gradients of the first, as micro-batches do.
+    waiting. They are not compiled either, and need more: DDP would not overlap its sums with a graph that was compiled
+    before. The second one meets the gradients of the first, as micro-batches do.
 
     Raises:
         torch.OutOfMemoryError: one image does not fit some process.
@@ -114,7 +116,7 @@ def fitting_images(model: nn.Module, config: RunConfig, images: int, ranks: Rank
         failed = False
         try:
             for _ in range(2):
-                _pass(model, config, images, ranks.device)
+                _pass(model.forward, config, images, ranks.device)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
@@ -139,7 +141,7 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
     network.zero_grad()
 
 
-def _pass(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
+def _pass(network: Callable[..., torch.Tensor], config: RunConfig, images: int, device: torch.device) -> None:
     """Passes black images forward and backward through a network."""
     x = torch.zeros(images, *config.image_shape, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None

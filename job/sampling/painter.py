@@ -142,7 +142,12 @@ class Painter(Model):
         def after_evaluation(*_: Any) -> None:
             nonlocal done
             done += 1
-            (self.check_agreed if done <= agreements else self.check_stopped)()
+            if done <= agreements or self.ranks.world_size == 1:
+                self.check_agreed()
+            else:
+                # Halves need more; alone, a process that stopped here would leave the others waiting.
+                self.stop()
+                self.renew()
             bar.update(len(seeds) * min(done, agreements) / agreements)
 
         def sampled(places: Sequence[int]) -> np.ndarray:
@@ -254,8 +259,7 @@ class Painter(Model):
     def check_stopped(self, *_: Any) -> None:
         """Raises `StoppedError` if this process has a stop request, without the others."""
         self.stop.check("while sampling")
-        for renew in self.renewals:
-            renew()
+        self.renew()
 
     def check_agreed(self, doing: str = "while sampling") -> None:
         """Raises `StoppedError` on all processes at once if any of them has a stop request. Collective."""
@@ -263,6 +267,10 @@ class Painter(Model):
         if stopping:
             self.agreement.finish()
             raise StoppedError(f"stopped {doing}; the same command begins again")
+        self.renew()
+
+    def renew(self) -> None:
+        """Calls the renewals."""
         for renew in self.renewals:
             renew()
 

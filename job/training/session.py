@@ -82,7 +82,7 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
 
 def say_smaller(images: int) -> None:
     """Says that micro-batches are smaller from now on."""
-    note(f"memory ran out: from now on {images:,} images at once per process, which changes the rounding alone")
+    note(f"memory ran out: from now on {images:,} images at once per process, which changes the rounding")
 
 
 class Loop:
@@ -133,16 +133,14 @@ class Loop:
         is_whole = self.slots is not None
         network: nn.Module = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=is_whole)
         if self.ranks.world_size > 1 and not is_whole:
-            images = min(len(self._places()), training.micro_batch_images(options) or self.batch_size)
             if options.micro_batch_size == "auto":
                 whole = -(-self.batch_size // self.ranks.world_size)
                 fitting = compute.fitting_images(model, self.config, whole, self.ranks)
                 if fitting < whole:
-                    self.settings = replace(
-                        self.settings, train=options.model_copy(update={"micro_batch_size": fitting})
-                    )
-                    images = min(images, fitting)
+                    options = options.model_copy(update={"micro_batch_size": fitting})
+                    self.settings = replace(self.settings, train=options)
                     say_smaller(fitting)
+            images = min(len(self._places()), training.micro_batch_images(options) or self.batch_size)
             compute.settle_buckets(network, self.config, images, self.device)
         return network
 
@@ -156,6 +154,9 @@ class Loop:
 
     def learn(self, hooks: training.Hooks) -> None:
         """Trains to the end of the batches, or until a hook ends it."""
+        # Smaller parts of a slot would be rounded otherwise, and DDP's other processes would wait inside a step.
+        if self.config.train.micro_batch_size == "auto" and not self.slots and self.ranks.world_size == 1:
+            hooks = replace(hooks, halved=say_smaller)
         training.train(
             self.state,
             self.network,
@@ -268,9 +269,7 @@ class TrainingSession(Loop):
         super().__init__(plan.config, attempt.images, ranks, attempt.state, plan.target_images)
         self.attempt, self.plan, self.recorder = attempt, plan, recorder
         copied = recorder.writer.before_change if recorder else lambda: None
-        # Smaller parts of a slot would be rounded otherwise, and DDP's other processes would wait inside a step.
-        halves = plan.config.train.micro_batch_size == "auto" and not self.slots and ranks.world_size == 1
-        self.hooks = training.Hooks(self.after_step, self._should_abandon, copied, say_smaller if halves else None)
+        self.hooks = training.Hooks(self.after_step, self._should_abandon, copied)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.saved_images = attempt.restored.images_seen if attempt.restored else -1
