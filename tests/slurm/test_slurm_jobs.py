@@ -103,8 +103,10 @@ def test_killed_programs_are_tried_again_to_the_bound(cluster, bucket, tmp_path,
     submitted(*training("broken", bucket))
     for failures in range(1, 5):
         cluster.wait_for_requeue("train-broken", failures)
+        # The controller names its reason in its next round.
+        said = "BeginTime; the attempt before ended with exit code 137: killed by signal 9"
+        until(lambda said=said: status("train-broken")["message"] == said)
         waiting = status("train-broken")
-        assert waiting["message"] == "BeginTime; the attempt before ended with exit code 137: killed by signal 9"
         assert (waiting["exit_code"], waiting["failures"]) == (137, failures)
         cluster.begin_now("train-broken")
     cluster.wait_for("train-broken", "FAILED")
