@@ -199,9 +199,11 @@ def plan_run(
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} needs pixels, and {index.name} holds latents: leave it out")
     start = None
-    if stored is None and not (request.from_ or request.network or request.preset_name("")):
-        start = Start.of(gpu_gib(), index.size, index.images)
-        config = draft(start.preset, request.defaults | request.changes, start.set)
+    if stored is None and not (request.from_ or request.preset_name("")):
+        # A network of the user takes no row, and a mirrored letter is wrong for it as well.
+        start = None if request.network else Start.of(gpu_gib(), index.size, index.images)
+        of_start = start.set if start else {"data.flip": False}
+        config = draft(start.preset if start else EMBEDDED, request.defaults | request.changes, of_start)
     config = follow_dataset(config, index)
     if suited:
         before, now = stored.flat() if stored else {}, config.flat()

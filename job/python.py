@@ -46,7 +46,7 @@ def train(
     Args:
         source: the name of a dataset in the bucket, such as `"mine"`; or images to pack: a path or a URL with a slash
             in it, such as `"~/photos"` or `"./mine.zip"`. `dataset=` names their dataset; its default is their name.
-        size: pixels of a side of the images to pack, such as 64 or `"96x64"`.
+        size: pixels of a side of the images to pack and to train on, such as 64 or `"96x64"`.
         pack: further options of `ddpm data ensure`, such as `{"labels": "labels.csv:breed"}`.
         options: those of `ddpm train`, with `set={"train.batch_size": 64}`, and a class or a name for `network`.
 
@@ -57,12 +57,14 @@ def train(
     where = os.fspath(source)
     is_source = not _NAME.fullmatch(where)
     name = options.pop("dataset", re.sub(r"\W+", "-", Path(where).name.partition(".")[0]) if is_source else where)
-    bucket = options.setdefault("bucket", _usual_bucket())
+    bucket = options["bucket"] = os.fspath(options.get("bucket") or _usual_bucket())
     # Of processes that train together the first one packs; the others wait for it.
     if (is_source or pack or size or name == EMBEDDED) and os.environ.get("RANK", "0") == "0":
         given = {"source": str(Path(where).expanduser())} if is_source and "://" not in where else {}
         given |= {"source": where} if is_source and not given else {}
         _run(EnsureRequest, {"name": name, "bucket": bucket, "size": size, **given, **(pack or {})})
+    if size:
+        options["set"] = (f"data.size={size}", *_worded("set", options.get("set", ())))
     request = _request(TrainRequest, {"dataset": name, **options}).check()
     run = Run(request.run, bucket, network=request.network)
     run_command(request.argv(), run.display if in_notebook() else bool)
@@ -131,9 +133,9 @@ def submit(verb: str, **options: Any) -> str:
 class Run:
     """A run in a bucket."""
 
-    def __init__(self, name: str, bucket: str = "", network: str | type[nn.Module] = "") -> None:
+    def __init__(self, name: str, bucket: str | Path = "", network: str | type[nn.Module] = "") -> None:
         """Names a run; `bucket` is that of a command by default, and `network` the run's own network, if it has one."""
-        self.name, self.bucket = name, bucket or _usual_bucket()
+        self.name, self.bucket = name, os.fspath(bucket) or _usual_bucket()
         self.network = network if isinstance(network, str) else name_of(network)
         self._shown = ""
 
@@ -254,6 +256,8 @@ def _worded(word: str, value: Any) -> Any:
         return name_of(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if word in ("set", "tars"):
+        return (value,) if isinstance(value, str) else tuple(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(value) if word in ("set", "tars") else ",".join(map(str, value))
+        return ",".join(map(str, value))
     return value

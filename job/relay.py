@@ -152,4 +152,6 @@ def _error(code: int, said: str, last_lines: str) -> Exception:
     kinds = {kind.exit_code: kind for kind in reversed(JobError.__subclasses__())}
     if code not in (*Exit,):
         return RuntimeError(f"the command ended with {code} ({meaning(code)}); its last lines:\n{last_lines}")
-    return kinds[Exit(code)](said) if code in kinds else JobError(said or last_lines, Exit(code))
+    # Typer shows the usage before its error.
+    said = said or " ".join(last_lines.rpartition("Error: ")[2].split())
+    return kinds[Exit(code)](said) if code in kinds else JobError(said, Exit(code))

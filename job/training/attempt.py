@@ -89,6 +89,10 @@ class TrainingAttempt:
             )
             # Now no other attempt changes the run.
             self._plan()
+            config = self.plan.config
+            if self.plan.is_new and config.model.kind == "own":
+                # Before anything is written: the same command must begin with the mended file.
+                method.check_own_network(method.build_network(config, self.ranks.device), config)
             yield not is_launched() and self.ranks.on_main(self.plan.is_finished)
         finally:
             if self._lease is not None:
@@ -127,8 +131,6 @@ class TrainingAttempt:
         config = self.plan.config
         network = method.build_network(config, self.ranks.device)
         self.state = method.initial_state(network, config)
-        if config.model.kind == "own":
-            method.check_own_network(network, config)
         self._restore()
 
     def begin(self, images: ImageCache, held_out: ImageCache | None = None) -> None:

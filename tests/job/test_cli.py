@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import ddpm as science
 import job
 from job.cli.app import app
-from job.exits import BadConfigError, BadRequestError, Exit, MissingInputError
+from job.exits import BadConfigError, BadRequestError, Exit, JobError, MissingInputError
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.job.command_line import (
@@ -326,7 +326,7 @@ SET = {key: value for key, value in NETWORK.items() if key != "sample.every_epoc
 
 def test_a_run_from_training_to_images(bucket, tmp_path, capfd):
     bucket = str(bucket)
-    run = job.train("tiles", bucket=bucket, run="mine", epochs=1, set=SET)
+    run = job.train("tiles", bucket=Path(bucket), run="mine", epochs=1, set=SET)
     assert (run.name, run.uri, run.page) == ("mine", f"{bucket}/runs/mine", f"{bucket}/runs/mine/report.html")
     assert run.checkpoints() == [312] and run.metrics()[-1]["images_seen"] == 288
     assert job.train("tiles", bucket=bucket, run="mine").checkpoints() == [312]
@@ -337,7 +337,10 @@ def test_a_run_from_training_to_images(bucket, tmp_path, capfd):
     assert picture.startswith(run.uri) and Path(picture).exists()
     assert Path(run.export(tmp_path / "out"), "README.md").exists()
     images = [(f"{number}.png", png(number)) for number in range(4)]
-    assert "others-16" in job.pack(folder_of(tmp_path / "source", images), "others", size=16, bucket=bucket)
+    source = folder_of(tmp_path / "source", images)
+    assert "others-16" in job.pack(source, "others", size=16, bucket=bucket)
+    with pytest.raises(BadConfigError, match="learns tiles at 16 pixels, not 8"):
+        job.train(source, dataset="tiles", size=8, bucket=bucket, run="mine")
     assert "mine" in job.submit("sample", run="mine", bucket=bucket, seeds=[0, 1], steps=3, on="local", dry_run=True)
 
 
@@ -347,6 +350,8 @@ def test_errors_are_exceptions_with_the_message_alone(bucket, capfd):
         (job.train, "nothing", at, MissingInputError, "dataset 'nothing' is not in"),
         (job.train, "tiles", at | {"epoch": 1}, BadRequestError, "did you mean 'epochs'[?]"),
         (job.train, "tiles", at | {"set": {"train.batch": 1}}, BadConfigError, "unknown key"),
+        (job.train, "tiles", at | {"set": "train.batch=1"}, BadConfigError, "unknown key"),
+        (job.train, "./tiles", at | {"size": -1}, JobError, "^Invalid value for '--size': -1: "),
         (job.sample, "tiles", at | {"sampler": "dd"}, BadRequestError, "--sampler 'dd'"),
         (job.export, "tiles", {}, BadRequestError, "give either --to FOLDER or --push"),
         (job.submit, "prune", {}, BadRequestError, "use train, sample"),

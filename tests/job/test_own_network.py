@@ -74,6 +74,7 @@ def test_its_way_from_training_to_an_export(bucket, file, monkeypatch):
     ran("train", *words, *named, *width, "--epochs", 1, *small(checkpoint__every_epochs=1))
     run = bucket / "runs/own"
     assert (run / "network.py").read_bytes() == file.read_bytes()
+    assert "\n  flip: false\n" in (run / "config.yaml").read_text()
     # Later commands name the file again, and keep the settings.
     own_code._here.clear()
     again = ("train", *words, "--epochs", 2)
@@ -128,6 +129,7 @@ REFUSALS = [
     (("super().__init__()", "raise KeyError(3)"), NAMED, 64, "KeyError: 3; see"),
     (("return self.b", "return self.a"), NAMED, 64, "mynet.py, line 13"),
     (("torch.relu(", "torch.relu(torch.rand(1) * "), NAMED, 64, "draws random numbers"),
+    (("torch.relu(", "torch.relu(__import__('random').random() * "), NAMED, 64, "draws random numbers"),
     (("super().__init__()", "super().__init__(); self.register_buffer('w', torch.rand(2))"), NAMED, 64,
      "Net draws the buffer w at random, and checkpoints have no buffers"),
 ]  # fmt: skip
@@ -138,6 +140,7 @@ def test_refusals(bucket, file, change, words, code, said):
     file.write_text(NET.replace(*change) if change else NET)
     at = ("--dataset", "tiles", "--run", "own", "--bucket", bucket, "--epochs", 1)
     refuses([(("train", *at, *small(), *words.split()), code, said)])
+    assert not (bucket / "runs/own/config.yaml").exists()
 
 
 def test_the_names_of_inputs_are_those_of_the_method():
