@@ -56,8 +56,8 @@ def suited(batch_size_images: int) -> dict[str, Any]:
 
 
 def memory_of_gpu_gib() -> float:
-    """Returns the memory in GiB of the smallest GPU of this machine; 0 without one."""
-    gpus = range(torch.cuda.device_count())
+    """Returns the memory in GiB of the smallest GPU of this machine; 0 without one, or if the CPU is asked for."""
+    gpus = range(torch.cuda.device_count() if own_device().type == "cuda" else 0)
     return min((float(torch.cuda.get_device_properties(i).total_memory) / 2**30 for i in gpus), default=0.0)
 
 
