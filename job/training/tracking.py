@@ -39,19 +39,23 @@ def check_tracker(name: str, *, is_asked_for: bool) -> None:
     Raises:
         BadRequestError, NoPermissionError: something is missing; the message has the remedy.
     """
-    try:
-        if name == "none":
-            return
-        if importlib.util.find_spec(name) is None:
-            raise BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
-        if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise BadRequestError("--tracker mlflow: set MLFLOW_TRACKING_URI to the address of your server")
-        if name == "wandb" and not _is_signed_in():
-            raise NoPermissionError("--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline")
-    except JobError as error:
-        if is_asked_for:
-            raise
-        note(f"going on without a tracker: {error}")
+    if (lack := _lack(name)) is None:
+        return
+    if is_asked_for:
+        raise lack
+    note(f"going on without a tracker: {lack}")
+
+
+def _lack(name: str) -> JobError | None:
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        return BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
+    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        return BadRequestError("--tracker mlflow: set MLFLOW_TRACKING_URI to the address of your server")
+    if name == "wandb" and not _is_signed_in():
+        return NoPermissionError("--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline")
+    return None
 
 
 def _is_signed_in() -> bool:
@@ -83,8 +87,16 @@ class Tracking:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
             # The thread that sends rows must also begin the run: MLflow ties a run to its thread.
             begin = self._begin_wandb if self._kind == "wandb" else self._begin_mlflow
-            self._do(lambda: begin(plain_settings(config), name, run_uri))
-            note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
+
+            def start() -> None:
+                # The launcher said that it goes on without; MLflow without an address writes into the working folder.
+                if _lack(self._kind) is not None:
+                    self._is_taking = False
+                    return
+                note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
+                begin(plain_settings(config), name, run_uri)
+
+            self._do(start)
 
     def log(self, row: Row) -> None:
         """Sends a row, without waiting for the service."""

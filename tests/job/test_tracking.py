@@ -154,13 +154,15 @@ def test_a_failing_tracker_stops_no_training(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_silent_tracker_delays_no_training(bucket):
+def test_a_silent_tracker_delays_no_training(bucket, tmp_path):
     """From its first second; a run that was told to use it goes on without, and stops at once."""
     began = time.monotonic()
     succeeded(ddpm(*words_of(bucket, 1, "--tracker", "mlflow"), MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
     assert time.monotonic() - began < 40
     # Nobody says where it is now, and then that there is to be none.
-    done = ddpm(*words_of(bucket, 2))
+    (here := tmp_path / "here").mkdir()
+    done = ddpm(*words_of(bucket, 2), cwd=here)
+    assert not list(here.iterdir()) and "also go to" not in done.stderr
     assert "going on without a tracker: --tracker mlflow: set MLFLOW_TRACKING_URI" in done.stderr
     succeeded(done)
     assert "without a tracker" not in ddpm(*words_of(bucket, 3, "--tracker", "none")).stderr
