@@ -223,6 +223,9 @@ class Train:
         "adamw8bit: Adam's moments in 2 bytes a weight instead of 8; "
         "muon: orthogonal steps for matrices and convolutions, which learn from fewer images",
     ] = "adam"
+    shard_optimizer: Annotated[
+        bool, "each process holds moments and averages of its share of the weights alone; needs train.exact=true"
+    ] = False
     adam_betas: Annotated[tuple[Below1, Below1], "decay of Adam's two moments"] = (0.9, 0.999)
     adam_eps: Annotated[Positive, "Adam's epsilon, added to the second moment's root"] = 1e-8
     weight_decay: Annotated[NotNegative, "AdamW's decay, times the learning rate; 0: Adam"] = 0.0
@@ -252,6 +255,8 @@ class Train:
             raise ValueError(f"train.learning_rate_decay={decay} needs a train.decay_images above {than}")
         if self.slots is not None and self.slots > self.batch_size:
             raise ValueError(f"train.slots={self.slots}: a batch of {self.batch_size:,} images has at most as many")
+        if self.shard_optimizer and not self.exact:
+            raise ValueError("train.shard_optimizer=true needs gradients that slots add up: set train.exact=true")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,15 +99,20 @@ def _inner_products(averages: Sequence[Stored]) -> np.ndarray:
     return (gamma + 1) * (gamma.T + 1) / (gamma + gamma.T + 1) * within * shared / (t * t.T)
 
 
+def _chosen(model: nn.Module, names: Collection[str] | None) -> list[tuple[str, nn.Parameter]]:
+    return [(name, each) for name, each in model.named_parameters() if names is None or name in names]
+
+
 class EMA:
     """Moving average of a module's parameters, in float32 for any dtype.
 
     It takes the bare module: the caller strips the wrappers of DDP and torch.compile, whose prefixes change the names.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """Begins with the parameters of these names, or with all."""
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in model.named_parameters()
+            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in _chosen(model, names)
         }
 
     @torch.no_grad()
@@ -125,7 +130,7 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrites the module's parameters with the average."""
+        """Overwrites the parameters that are averaged."""
         self.finish()
         parameters = dict(model.named_parameters())
         torch._foreach_copy_([parameters[name] for name in self.shadow], list(self.shadow.values()))
@@ -138,8 +143,8 @@ class HostEMA(EMA):
     its bits are those of `EMA`; on a GPU the kernel of `EMA` may round otherwise.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    def __init__(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        parameters = {name: parameter.detach() for name, parameter in _chosen(model, names)}
         device = next(iter(parameters.values())).device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.shadow = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in parameters.items()}
@@ -157,8 +162,9 @@ class HostEMA(EMA):
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             with torch.cuda.stream(self._stream):
-                for name, parameter in model.named_parameters():
-                    self._read[name].copy_(parameter, non_blocking=True)
+                parameters = dict(model.named_parameters())
+                for name, read in self._read.items():
+                    read.copy_(parameters[name], non_blocking=True)
                 copied = self._stream.record_event()
         self._update = self._pool.submit(self._add, 1 - decay, torch.get_num_threads(), copied)
 

@@ -54,6 +54,11 @@ class Adam:
         self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
         self.steps = {name: torch.zeros((), device=p.device) for name, p in self._parameters.items()}
 
+    @staticmethod
+    def pieces(named: Mapping[str, nn.Parameter]) -> list[list[str]]:
+        """Returns the names that one process must step together: another stack of them would be rounded otherwise."""
+        return [[name] for name in named]
+
     @torch.no_grad()
     def step(self, learning_rate: float, threads: Threads | None = None) -> None:
         """Updates the parameters from their gradients, and frees the gradients; `threads` share long work on a CPU."""
@@ -112,7 +117,8 @@ class AdamW8bit(Adam):
             codes |= {n: torch.zeros(p.shape, dtype=torch.uint8, device=p.device) for n, p in coded.items()}
         blocks = {n: p.new_zeros(p.numel() // BLOCK_VALUES, requires_grad=False) for n, p in coded.items()}
         self.exp_avg_scale, self.exp_avg_sq_scale = blocks, {n: torch.zeros_like(each) for n, each in blocks.items()}
-        device = next(iter(named.values())).device
+        # Parameters of other processes have none.
+        device = min((p.device for p in named.values()), key=lambda device: device.type == "meta")
         self._signed, self._unsigned = (shares_of_codes(is_signed).to(device) for is_signed in (True, False))
         self._pieces: list[dict[str, nn.Parameter]] = []
         values = PIECE_VALUES
@@ -196,18 +202,25 @@ class Muon(Adam):
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> None:
         named = dict(named_parameters)
-        matrices = {n: p for n, p in named.items() if p.ndim > 1 and not n.startswith(OF_CLASSES)}
+        matrices = _matrices(named)
         super().__init__(((n, p) for n, p in named.items() if n not in matrices), train)
         self.exp_avg |= {n: torch.zeros_like(p, requires_grad=False) for n, p in matrices.items()}
-        of_shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        self._pieces = [[(matrices[n], self.exp_avg[n]) for n in piece] for piece in self.pieces(matrices)]
+
+    @staticmethod
+    def pieces(named: Mapping[str, nn.Parameter]) -> list[list[str]]:
+        """Returns the names of matrices of one shape, at most `PIECE_VALUES` in all, and of each other parameter."""
+        matrices, of_shapes = _matrices(named), dict[tuple[int, int], list[str]]()
         for name, parameter in matrices.items():
-            shape = len(parameter), parameter.numel() // len(parameter)
-            of_shapes.setdefault(shape, []).append((parameter, self.exp_avg[name]))
-        self._pieces = [
-            list(members[start : start + count])
-            for shape, members in of_shapes.items()
-            for count in [max(1, PIECE_VALUES // math.prod(shape))]
-            for start in range(0, len(members), count)
+            of_shapes.setdefault((len(parameter), parameter.numel() // len(parameter)), []).append(name)
+        return [
+            *([name] for name in named if name not in matrices),
+            *(
+                names[start : start + count]
+                for shape, names in of_shapes.items()
+                for count in [max(1, PIECE_VALUES // math.prod(shape))]
+                for start in range(0, len(names), count)
+            ),
         ]
 
     def step(self, learning_rate: float, threads: Threads | None = None) -> None:
@@ -229,6 +242,10 @@ class Muon(Adam):
             parameter.mul_(1 - learning_rate * self._train.weight_decay)
             parameter.sub_(direction.view_as(parameter), alpha=size)
             parameter.grad = None
+
+
+def _matrices(named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in named.items() if p.ndim > 1 and not n.startswith(OF_CLASSES)}
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

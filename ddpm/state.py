@@ -14,6 +14,7 @@ from ddpm.ema import EMA
 from ddpm.objective import QUARTILES
 from ddpm.optimizer import OPTIMIZERS, Adam
 from ddpm.precision import LossScale
+from ddpm.shards import Shards
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
@@ -59,13 +60,17 @@ def loss_row(sums: Tensor) -> dict[str, float]:
 
 @dataclass
 class TrainState:
-    """Everything that changes in training: on the device, but for averages in host memory."""
+    """Everything that changes in training: on the device, but for averages in host memory.
+
+    Moments and averages may be in shards. `tensors` then has those of other processes on the device `meta`.
+    """
 
     model: nn.Module
     averages: dict[str, EMA]
     """The averages by name."""
     optimizer: Adam
     log: LossLog
+    shards: Shards
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
     """`images_seen` before the first step whose gradient was not finite, though its loss was not scaled up; or -1."""
@@ -81,11 +86,48 @@ class TrainState:
             for moment in self.optimizer.MOMENTS
             for name, tensor in getattr(self.optimizer, moment).items()
         }
+        elsewhere = {name: parameter.detach().to("meta", torch.float32) for name, parameter in named.items()}
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
-            **{name: dict(average.shadow) for name, average in self.averages.items()},
+            **{name: elsewhere | average.shadow for name, average in self.averages.items()},
             "optimizer": moments | ({"loss_scale": self.loss_scale.values} if self.loss_scale else {}),
         }
+
+    def send(self) -> list[dist.Work]:
+        """Begins to send this process's shards to the main one, if it is another; they must not change until then."""
+        tensors = enumerate(self.sharded().values() if self.shards.rank else ())
+        own = [(tag, tensor) for tag, tensor in tensors if not tensor.is_meta]
+        sent = [dist.isend(tensor.cpu().contiguous(), 0, self.shards.group, tag) for tag, tensor in own]
+        return list(filter(None, sent))
+
+    def receive(self, into: dict[str, dict[str, Tensor]]) -> None:
+        """Copies what the other processes `send` into contiguous tensors on the host, by group and name."""
+        tensors = enumerate(self.sharded().items())
+        others = [(tag, into[group][name]) for tag, ((group, name), tensor) in tensors if tensor.is_meta]
+        received = [dist.irecv(tensor, group=self.shards.group, tag=tag) for tag, tensor in others]
+        for work in filter(None, received):
+            work.wait()
+
+    def sharded(self) -> dict[tuple[str, str], Tensor]:
+        """Returns the tensors that one process alone holds, by group and name, in one order; none without shards."""
+        return {
+            (group, name): tensor
+            for group, named in (self.tensors() if self.shards.world_size > 1 else {}).items()
+            for name, tensor in named.items()
+            if group != "model" and (group, name) != ("optimizer", "loss_scale")
+        }
+
+    def load_average(self, name: str, network: nn.Module) -> None:
+        """Overwrites the parameters of a network like `model` with an average. Collective."""
+        self.averages[name].copy_to(network)
+        owners = [self.shards.owners[parameter] for parameter in self.model.parameters()]
+        self.shards.gather_(zip(network.parameters(), owners, strict=True))
+
+    def restart_averages(self) -> None:
+        """Makes all averages those of the present weights alone."""
+        for average in self.averages.values():
+            average.update(self.model, decay=0.0)
+        self.finish_averages()
 
     def before_change(self) -> None:
         """Returns when the weights may change: averages in host memory have theirs."""
@@ -106,22 +148,35 @@ class TrainState:
 
 
 def create_state(
-    model: nn.Module, train: Train, averages: Iterable[str], kind_of_average: type[EMA] = EMA
+    model: nn.Module,
+    train: Train,
+    averages: Iterable[str],
+    kind_of_average: type[EMA] = EMA,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainState:
-    """Returns an initial state on the model's device, with averages of these names.
+    """Returns an initial state on the model's device, with averages of these names; collective if it is in shards.
 
     The frozen parts of the model get no gradient.
     """
     device, learnt = next(model.parameters()).device, dict(model.named_parameters())
     for name in [name for name in learnt if name.startswith(train.freeze)]:
         learnt.pop(name).requires_grad_(False)
-    optimizer = OPTIMIZERS[train.optimizer](learnt.items(), train)
-    shadows = {name: kind_of_average(model) for name in averages}
+    kind = OPTIMIZERS[train.optimizer]
+    pieces = [[learnt[name] for name in piece] for piece in kind.pieces(learnt)]
+    shards = Shards(model, pieces, *((rank, world_size) if train.shard_optimizer else ()))
+    own = {name for name, parameter in model.named_parameters() if shards.owners[parameter] == shards.rank}
+    # Moments like a parameter without memory have none.
+    held = {name: each if name in own else nn.Parameter(each.to("meta")) for name, each in learnt.items()}
+    optimizer = kind(held.items(), train)
+    shadows = {name: kind_of_average(model, own) for name in averages}
     return TrainState(
         model,
         shadows,
         optimizer,
         LossLog(device),
+        shards,
         first_nonfinite=torch.tensor(-1, device=device),
         loss_scale=LossScale(device) if train.precision == "fp16" else None,
     )

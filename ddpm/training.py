@@ -227,7 +227,9 @@ def train(
             micro_batches = [[drawn.part(images) for images in cut(part, most_images)] for part in parts]
             try:
                 if slots:
-                    losses = slots.accumulate(micro_batches, gradients_of, parameters, threads, should_abandon)
+                    losses = slots.accumulate(
+                        micro_batches, gradients_of, parameters, threads, should_abandon, state.shards
+                    )
                 else:
                     losses = accumulate(micro_batches[0], backward, accelerator, network, should_abandon)
                 break
@@ -244,9 +246,9 @@ def train(
         if losses is None:
             state.model.zero_grad()
             return
-        if state.loss_scale:
-            torch._foreach_mul_([grad for one in parameters if (grad := one.grad) is not None], 1 / factor)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_norm, foreach=True)
+        if state.loss_scale and (gradients := [grad for one in parameters if (grad := one.grad) is not None]):
+            torch._foreach_mul_(gradients, 1 / factor)
+        norm = state.shards.clip_grad_norm_(state.model.parameters(), options.clip_norm)
         # At a larger factor it may be an overflow, and not come again.
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm) & (factor <= 1)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
@@ -260,6 +262,7 @@ def train(
             for name, profile in settings.averages.items():
                 decay = profile.decay_at(state.images_seen, options.batch_size)
                 state.averages[name].update(state.model, decay)
+            state.shards.gather_((parameter, state.shards.owners[parameter]) for parameter in state.shards.given)
             if normalise is not None:
                 state.before_change()
                 normalise()

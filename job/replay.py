@@ -144,6 +144,7 @@ class Replay:
             raise MissingInputError(f"{run.uri} has no way to image {image:,}: {what}")
         if self.begun is None and self.stored.parent.run:
             load_parent(self.state, self.of_run)
+            self.state.restart_averages()
 
     def train_to(self, image: int) -> None:
         """Trains up to an image of the run, a multiple of the batch size.

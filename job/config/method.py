@@ -121,10 +121,10 @@ def settings_of(config: RunConfig) -> training.LoopSettings:
     return training.LoopSettings(config.train, config.model, averages, augmentation)
 
 
-def initial_state(network: nn.Module, config: RunConfig) -> TrainState:
-    """Returns the state of training before the first image."""
+def initial_state(network: nn.Module, config: RunConfig, rank: int = 0, world_size: int = 1) -> TrainState:
+    """Returns the state of training before the first image; collective if several processes hold it in shards."""
     kind = HostEMA if config.ema.device == "cpu" else EMA
-    return create_state(network, config.train, settings_of(config).averages, kind)
+    return create_state(network, config.train, settings_of(config).averages, kind, rank=rank, world_size=world_size)
 
 
 def sampling_of(config: SamplerConfig) -> Sampling:

@@ -37,6 +37,7 @@ FREE = {
     *("checkpoint", "sample", "evaluate", "log"),
     *("train.epochs", "train.micro_batch_size", "train.exact", "train.slots", "train.slot_threads", "train.compile"),
     *("data.cache_gigabytes", "ema.snapshot_epochs", "ema.device", "model.gradient_checkpointing"),
+    "train.shard_optimizer",
 }
 """Keys, and whole sections, that an attempt may change: they decide when and how something is done, never what is
 learnt."""

@@ -69,10 +69,16 @@ class CheckpointFiles:
         descriptions: the objects beside them, by key below the checkpoint.
     """
 
-    def __init__(self, live: Tensors, retention: Retention, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        live: Tensors,
+        retention: Retention,
+        classes: tuple[str, ...],
+        receive: Callable[[Tensors], None] = lambda host: None,
+    ) -> None:
         # In the order of the files, whose tensors then lie side by side.
         self._live = {group: _in_order(named) for group, named in live.items()}
-        self._retention = retention
+        self._retention, self._receive = retention, receive
         self._host: Tensors = {}
         device = next(tensor.device for named in live.values() for tensor in named.values())
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -98,7 +104,11 @@ class CheckpointFiles:
         # On an Apple GPU nothing would wait for a copy beside a step, and PyTorch asks it for a stream of CUDA in vain.
         with torch.cuda.stream(self._stream) if is_beside else nullcontext():
             for group, named in self._live.items():
-                torch._foreach_copy_(list(self._host[group].values()), list(named.values()), non_blocking=is_beside)
+                here = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+                torch._foreach_copy_(
+                    [self._host[group][name] for name in here], list(here.values()), non_blocking=is_beside
+                )
+        self._receive(self._host)
 
     def before_change(self) -> None:
         """Makes the GPU, and not this thread, wait for the copy: the next kernels change the live values."""
@@ -219,7 +229,15 @@ class CheckpointWriter:
         cadence: the interval between saves, and the measured duration of the last one.
     """
 
-    def __init__(self, leased: LeasedRun, live: Tensors, *, before: Manifest | None, stop: Stop) -> None:
+    def __init__(
+        self,
+        leased: LeasedRun,
+        live: Tensors,
+        *,
+        before: Manifest | None,
+        stop: Stop,
+        receive: Callable[[Tensors], None] = lambda host: None,
+    ) -> None:
         """Allocates the host buffers and starts the thread.
 
         Args:
@@ -227,6 +245,7 @@ class CheckpointWriter:
             live: the tensors to save, by group.
             before: of the restored checkpoint, whose metrics and snapshots stay those of the run.
             stop: asked while the main thread waits.
+            receive: fills those of the host buffers whose live tensors other processes have, and are `meta` here.
         """
         self.rows = list[Row]()
         self._snapshots = before.snapshots if before else ()
@@ -237,7 +256,7 @@ class CheckpointWriter:
         self._closing = Stop(stop.grace_seconds)
         self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
         self._history = History(self._run, before.segments if before else (), leased.retention.config)
-        self._files = CheckpointFiles(live, leased.retention, leased.classes)
+        self._files = CheckpointFiles(live, leased.retention, leased.classes, receive)
         every_minutes = leased.retention.config.checkpoint.every_minutes
         self.cadence = Cadence(self._run, every_minutes, stop.grace_seconds)
         self._retirement = Retirement(self._run, leased.lease, leased.damaged)

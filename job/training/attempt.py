@@ -130,7 +130,7 @@ class TrainingAttempt:
         """Makes the state of a new run, or restores it. Collective."""
         config = self.plan.config
         network = method.build_network(config, self.ranks.device)
-        self.state = method.initial_state(network, config)
+        self.state = method.initial_state(network, config, self.ranks.rank, self.ranks.world_size)
         self._restore()
 
     def begin(self, images: ImageCache, held_out: ImageCache | None = None) -> None:
@@ -212,20 +212,31 @@ class TrainingAttempt:
         The main process reads it once and broadcasts it. Collective.
         """
         plan, state, tensors = self.plan, self.state, self.state.tensors()
+        into, sharded = {group: dict(named) for group, named in tensors.items()}, state.sharded()
+        for (group, name), tensor in sharded.items() if self.ranks.is_main else ():
+            into[group][name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
         def load() -> Manifest | None:
             assert self._lease is not None
             with self._lease.unless_lost():
-                restored = newest_good(plan.run, self.damaged, tensors)
+                restored = newest_good(plan.run, self.damaged, into)
                 if restored is None and plan.config.parent.run:
                     load_parent(state, plan)
                 return restored
 
         self.restored = manifest = self.ranks.on_main(load)
-        for named in tensors.values():
-            for tensor in named.values():
-                self.ranks.broadcast(tensor)
+        for group, named in tensors.items():
+            for name, tensor in named.items():
+                if (group, name) not in sharded:
+                    self.ranks.broadcast(tensor)
+                elif manifest:
+                    # One by one: the other processes have no memory for all.
+                    read = into[group][name] if self.ranks.is_main else torch.empty(tensor.shape, dtype=tensor.dtype)
+                    self.ranks.broadcast(read)
+                    if not tensor.is_meta:
+                        tensor.copy_(read)
         if manifest is None:
+            state.restart_averages()
             note(f"beginning, image 0, attempt {self.record.fence}")
             return
         images_seen = manifest.images_seen
@@ -248,7 +259,7 @@ class TrainingAttempt:
 
 
 def load_parent(state: TrainState, of_run: RunHandle) -> None:
-    """Loads the weights that the run begins with, also as its averages. Main process only.
+    """Loads the weights that the run begins with, and not yet its averages. Main process only.
 
     Raises:
         MissingInputError, BadDataError: they are gone, or others than at the time of the pinning.
@@ -268,8 +279,5 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
             others = restore(run, ref, weights, may_differ=OF_CLASSES).differing
     except MissingInputError as error:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
-    for average in state.averages.values():
-        average.update(state.model, decay=0.0)
-        average.finish()
     but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
     note(f"the first weights are those of {parent.words}{but}")

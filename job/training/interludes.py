@@ -119,7 +119,7 @@ class Interludes:
         if weights == "model":
             painter.network.load_state_dict(self._state.model.state_dict())
         else:
-            self._state.averages[weights].copy_to(painter.network)
+            self._state.load_average(weights, painter.network)
         return painter
 
     def _sampling_painter(self) -> Painter:

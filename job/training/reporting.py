@@ -61,7 +61,7 @@ class Recorder:
         # An attempt that ends before its first row still has a loss in its status.
         self._shown = next((Row(loss=row["loss"]) for row in reversed(self.rows) if "loss" in row), Row())
         leased = LeasedRun(plan.run, self.retention(), self._record, self._lease, plan.classes, damaged)
-        self.writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self._stop)
+        self.writer = CheckpointWriter(leased, state.tensors(), before=restored, stop=self._stop, receive=state.receive)
         self._page_due = time.monotonic() + PAGE_SECONDS
         self._state = state
         self._status = records.StatusReporter(plan.run, self._confirmed_status)

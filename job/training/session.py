@@ -457,4 +457,7 @@ class TrainingSession(Loop):
         self.state.finish_averages()
         loss_sums = self.state.log.reduced()
         self.saved_images = self.state.images_seen
+        sent = self.state.send()
         self.attempt.on_main(lambda recorder: recorder.save(loss_sums))
+        for work in sent:
+            work.wait()

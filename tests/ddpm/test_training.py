@@ -36,14 +36,15 @@ from ddpm.threads import Threads, group_of
 from tests.ddpm.known import TOLD, build, normal
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
-WORLDS = (1, 2, 3, 4, 5, 7, 8)
+WORLDS, IN_SHARDS = (1, 2, 3, 4, 5, 7, 8), (2, 3, 4)
 CASES: list[dict[str, Any]] = [
     *({"kind": kind, "network": {"dropout": dropout}} for kind, dropout in product(TOLD, (0.0, 0.1))),
     {"kind": "unet", "network": {"dropout": 0.1}, "micro_batch_size": 1, "memory_format": torch.channels_last},
     {"kind": "unet", "network": {"dropout": 0.1, "gradient_checkpointing": True}, "precision": "bf16"},
     {"kind": "unet", "network": {"dropout": 0.1}, "precision": "fp16", "steps": 6},
     {"kind": "unet", "optimizer": "muon"},
-    {"kind": "unet", "optimizer": "adamw8bit"},
+    {"kind": "unet", "optimizer": "adamw8bit", "average": HostEMA},
+    {"kind": "unet", "freeze": ("down", "mid", "up", "time_embedding", "conv_norm", "conv_out", "class", "augm")},
 ]
 CPU = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, backward=Tensor.backward, no_sync=lambda network: nullcontext()
@@ -99,7 +100,8 @@ def learnt(
     model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
         memory_format=memory_format
     )
-    state = create_state(model, settings.train, settings.averages, average)
+    place = {"rank": slots.rank, "world_size": slots.world_size} if slots else {}
+    state = create_state(model, settings.train, settings.averages, average, **place)
     batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)))
     slow = Slow(model, precision, seconds)
     training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)
@@ -120,8 +122,19 @@ def batches_of(steps: int, places: list[int]) -> list[Any]:
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
-    groups = state.tensors().items()
-    return {f"{group}.{name}": value.clone() for group, tensors in groups for name, value in tensors.items()}
+    groups = {group: dict(named) for group, named in state.tensors().items()}
+    of_others = {key for key, tensor in state.sharded().items() if tensor.is_meta}
+    for group, name in of_others:
+        groups[group][name] = torch.zeros(groups[group][name].shape, dtype=groups[group][name].dtype)
+    sent = state.send()
+    if state.shards.rank == 0:
+        state.receive(groups)
+    for work in sent:
+        work.wait()
+    for group, name in state.sharded():
+        dist.broadcast(read := groups[group][name].contiguous().clone(), 0)
+        groups[group][name] = read if (group, name) in of_others else groups[group][name]
+    return {f"{group}.{name}": value.clone() for group, named in groups.items() for name, value in named.items()}
 
 
 def learn_in_groups(rank: int, folder: Path) -> None:
@@ -132,11 +145,13 @@ def learn_in_groups(rank: int, folder: Path) -> None:
             dist.init_process_group("gloo", f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size)
         slots = Slots(8, BATCH_IMAGES, rank, world_size)
         threads = Threads(2 if world_size == 1 else 1)
-        for number, case in enumerate(CASES):
+        for (number, case), in_shards in product(enumerate(CASES), (False, True)):
+            if in_shards and world_size not in IN_SHARDS:
+                continue
             with threads.outside():
-                tensors = learnt(slots, threads=threads, **case)
+                tensors = learnt(slots, threads=threads, shard_optimizer=in_shards, **case)
             content = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
-            (folder / f"{number}-{world_size}-{rank}").write_text(hashlib.sha256(content).hexdigest())
+            (folder / f"{number}-{world_size}-{rank}-{in_shards}").write_text(hashlib.sha256(content).hexdigest())
         if world_size > 1:
             dist.destroy_process_group()
 
@@ -147,7 +162,7 @@ def test_any_number_of_processes_learns_the_same_bits(tmp_path: Path) -> None:
     found = [{path.read_text() for path in tmp_path.glob(f"{number}-*")} for number in range(len(CASES))]
     assert [len(hashes) for hashes in found] == [1] * len(CASES)
     assert len(set.union(*found)) == len(CASES)
-    assert len(list(tmp_path.glob("*-*-*"))) == len(CASES) * sum(WORLDS)
+    assert len(list(tmp_path.glob("*-*-*-*"))) == len(CASES) * (sum(WORLDS) + sum(IN_SHARDS))
 
 
 @pytest.mark.parametrize("kind", TOLD)

@@ -346,20 +346,27 @@ def losses_of(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting", ["train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"]
+    "setting",
+    [
+        *("train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"),
+        "train.shard_optimizer=true",
+    ],
 )
 def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
     """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4.
 
-    Averages in host memory have the bits of those on the device.
+    Averages in host memory have the bits of those on the device, and shards those of whole moments and averages. A run
+    may begin with shards and lose them on the way.
     """
     whole_run, moved_run = (f"{name}-{setting.partition('=')[2]}" for name in ("stayed", "parted"))
     precision = setting.removeprefix("train.precision=") if "precision" in setting else "fp32"
     words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
-    words += ("--set", "checkpoint.every_minutes=0.001", "--set", setting)
-    ended = started(whole_run, precision, 1, 10**9, *words, *(("--set", "ema.device=null") if "ema" in setting else ()))
+    words += ("--set", "checkpoint.every_minutes=0.001", "--set", "train.exact=true", "--set", setting)
+    usual = {"ema.device=cpu": "ema.device=null", "train.shard_optimizer=true": "train.shard_optimizer=false"}
+    without = ("--set", usual.get(setting, setting))
+    ended = started(whole_run, precision, 1, 10**9, *words, *without)
     stopped(started(moved_run, precision, 2, 130, *words))
-    assert started(moved_run, precision, 1, 250, *words, KILL="9").wait(250) == 137
+    assert started(moved_run, precision, 1, 250, *words, *without, KILL="9").wait(250) == 137
     assert started(moved_run, precision, 3, 400, *words, KILL="9").wait(250) not in (0, 75)
     moved = started(moved_run, precision, 4, 10**9, *words)
     said, _ = moved.communicate(timeout=250)
@@ -372,8 +379,8 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting)
         manifest = load_manifest(run, ref)
         losses = [(row.get("loss"), row.get("loss_scale")) for row in read_rows(run, manifest.metrics, pytest.fail)]
         assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
-        # The configuration names the device of the averages.
-        hashes = {file.sha256 for file in manifest.files if "ema" not in setting or RUN_CONFIG not in file.key}
+        # The configuration names where averages and moments lie.
+        hashes = {file.sha256 for file in manifest.files if setting not in usual or RUN_CONFIG not in file.key}
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
         return ref.fence, losses, hashes, np.array(Image.open(grid))
 
