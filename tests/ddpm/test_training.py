@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import random
@@ -137,6 +138,14 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
     return {f"{group}.{name}": value.clone() for group, named in groups.items() for name, value in named.items()}
 
 
+def held_bytes() -> str:
+    """The bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and not each.is_meta]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return str(sum(storages.values()))
+
+
 def learn_in_groups(rank: int, folder: Path) -> None:
     """Learns every case in groups of each size, the first processes of all; writes down a hash of each."""
     precision_module.INITIAL_SCALE, precision_module.GROWTH_STEPS = OVERFLOWING
@@ -148,21 +157,33 @@ def learn_in_groups(rank: int, folder: Path) -> None:
         for (number, case), in_shards in product(enumerate(CASES), (False, True)):
             if in_shards and world_size not in IN_SHARDS:
                 continue
+            name = f"{world_size}-{rank}-{in_shards}"
+            measured = training.Hooks(lambda state, name=name: not (folder / f"held-{name}").write_text(held_bytes()))
             with threads.outside():
-                tensors = learnt(slots, threads=threads, shard_optimizer=in_shards, **case)
+                hooks = ON if number else measured
+                tensors = learnt(slots, threads=threads, shard_optimizer=in_shards, hooks=hooks, **case)
             content = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
-            (folder / f"{number}-{world_size}-{rank}-{in_shards}").write_text(hashlib.sha256(content).hexdigest())
+            (folder / f"{number}-{name}").write_text(hashlib.sha256(content).hexdigest())
+            del tensors
         if world_size > 1:
             dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_learns_the_same_bits(tmp_path: Path) -> None:
+    """In shards too, of which each process has its share, but for one parameter."""
     multiprocessing.spawn(learn_in_groups, (tmp_path,), max(WORLDS))
     found = [{path.read_text() for path in tmp_path.glob(f"{number}-*")} for number in range(len(CASES))]
     assert [len(hashes) for hashes in found] == [1] * len(CASES)
     assert len(set.union(*found)) == len(CASES)
-    assert len(list(tmp_path.glob("*-*-*-*"))) == len(CASES) * (sum(WORLDS) + sum(IN_SHARDS))
+    assert len(list(tmp_path.glob("[0-9]*"))) == len(CASES) * (sum(WORLDS) + sum(IN_SHARDS))
+    sizes = [each.nbytes for name, each in learnt(None, kind="unet", steps=0).items() if name.startswith("model.")]
+    whole = int((tmp_path / "held-1-0-False").read_text())
+    for world_size in IN_SHARDS:
+        saved = [whole - int(path.read_text()) for path in tmp_path.glob(f"held-{world_size}-*-True")]
+        # Two moments and two averages; the images of a process take less than 8 kB.
+        expected = 4 * sum(sizes) * (1 - 1 / world_size)
+        assert saved == pytest.approx([expected] * world_size, abs=4 * max(sizes) + 8000)
 
 
 @pytest.mark.parametrize("kind", TOLD)

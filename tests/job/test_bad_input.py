@@ -115,6 +115,7 @@ SETTINGS = [
     ("data.order=feistel-1", "data.order is set by the program"),
     ("quite.something.else=1", "sections: data, model"),
     ("train.seed=2020-99-99", "not valid YAML"),
+    ("train.shard_optimizer=on", "train.shard_optimizer=true needs … slots … set train.exact=true"),
     ("sample.steps=5000", "sample.steps=5000 … diffusion.timesteps=1000"),
 ]  # fmt: skip
 UNFIT = [
