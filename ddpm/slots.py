@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.owners import Owners
 from ddpm.precision import FORMATS, autocast
-from ddpm.shards import Shards
 from ddpm.threads import Threads
 
 Node = tuple[int, int]
@@ -104,7 +104,7 @@ class Slots:
         parameters: Sequence[nn.Parameter],
         threads: Threads | None,
         should_abandon: Callable[[int], bool],
-        shards: Shards,
+        owners: Owners,
     ) -> list[Tensor] | None:
         """Sets the gradients of a global batch: the sum over the slots of all processes, in order. Collective.
 
@@ -114,7 +114,7 @@ class Slots:
             parameters: get the sums.
             threads: compute several micro-batches at a time.
             should_abandon: called before each micro-batch with the number of those before it; alike on all processes.
-            shards: say which parameters get gradients on this process; `given` is set.
+            owners: say which parameters get gradients on this process; `given` is set.
 
         Returns:
             The losses of this process's images in order; None if `should_abandon` ended the step.
@@ -138,9 +138,9 @@ class Slots:
             sums = [_added_up(node, gradients) for node in subtrees((0, self.count), self.own)]
         except StopIteration:
             return None
-        shards.given = [parameter for parameter, known in zip(parameters, sums[0], strict=True) if known is not None]
-        owners = [shards.owners[parameter] for parameter in parameters] if shards.world_size > 1 else None
-        total = self._exchanged(sums) if owners is None else self._scattered(sums, owners)
+        owners.given = [parameter for parameter, known in zip(parameters, sums[0], strict=True) if known is not None]
+        owner = [owners.of[parameter] for parameter in parameters]
+        total = self._exchanged(sums) if owners.world_size == 1 else self._scattered(sums, owner)
         for parameter, gradient in zip(parameters, total, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # The optimiser's kernel walks through both in the order of memory, and does not compare.
@@ -175,10 +175,10 @@ class Slots:
         pieces = iter(flat[0, :length].split([gradient.numel() for gradient in given]))
         return [None if gradient is None else next(pieces).view(gradient.shape) for gradient in sums[0]]
 
-    def _scattered(self, sums: list[Gradients], owners: Sequence[int]) -> Gradients:
+    def _scattered(self, sums: list[Gradients], owner: Sequence[int]) -> Gradients:
         """Returns the sum of all subtrees for the parameters that this process owns; None for the others."""
         nodes = self._nodes()
-        given = [[p for p, g in enumerate(sums[0]) if g is not None and owners[p] == r] for r in range(self.world_size)]
+        given = [[p for p, g in enumerate(sums[0]) if g is not None and owner[p] == r] for r in range(self.world_size)]
         parts = [[g.flatten() for one in sums for p in places if (g := one[p]) is not None] for places in given]
         # To each process all sums of its parameters, and from each one its sums of this process's parameters.
         outgoing = torch.cat([part for of_rank in parts for part in of_rank])
@@ -190,8 +190,8 @@ class Slots:
         total = _top((0, self.count), dict(zip(chain(*nodes), incoming, strict=True)))
         pieces = iter(total.split([len(part) for part in parts[self.rank][: len(given[self.rank])]]))
         return [
-            next(pieces).view(gradient.shape) if gradient is not None and owner == self.rank else None
-            for gradient, owner in zip(sums[0], owners, strict=True)
+            next(pieces).view(gradient.shape) if gradient is not None and rank == self.rank else None
+            for gradient, rank in zip(sums[0], owner, strict=True)
         ]
 
     def _nodes(self) -> list[list[Node]]:

@@ -13,8 +13,8 @@ from ddpm.catalogue import Train
 from ddpm.ema import EMA
 from ddpm.objective import QUARTILES
 from ddpm.optimizer import OPTIMIZERS, Adam
+from ddpm.owners import Owners
 from ddpm.precision import LossScale
-from ddpm.shards import Shards
 
 LOSS_QUANTUM = 2.0**-32
 """Unit of logged losses: float64 sums of its multiples are exact (below 2²¹), in any order and any parts."""
@@ -62,7 +62,7 @@ def loss_row(sums: Tensor) -> dict[str, float]:
 class TrainState:
     """Everything that changes in training: on the device, but for averages in host memory.
 
-    Moments and averages may be in shards. `tensors` then has those of other processes on the device `meta`.
+    Moments and averages may be divided among processes: `tensors` then has those of others on the device `meta`.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class TrainState:
     """The averages by name."""
     optimizer: Adam
     log: LossLog
-    shards: Shards
+    owners: Owners
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
     """`images_seen` before the first step whose gradient was not finite, though its loss was not scaled up; or -1."""
@@ -94,25 +94,25 @@ class TrainState:
         }
 
     def send(self) -> list[dist.Work]:
-        """Begins to send this process's shards to the main one, if it is another; they must not change until then."""
-        tensors = enumerate(self.sharded().values() if self.shards.rank else ())
+        """Begins to send what this process alone holds to the main one; it must not change before the end."""
+        tensors = enumerate(self.divided().values() if self.owners.rank else ())
         own = [(tag, tensor) for tag, tensor in tensors if not tensor.is_meta]
-        sent = [dist.isend(tensor.cpu().contiguous(), 0, self.shards.group, tag) for tag, tensor in own]
+        sent = [dist.isend(tensor.cpu().contiguous(), 0, self.owners.group, tag) for tag, tensor in own]
         return list(filter(None, sent))
 
     def receive(self, into: dict[str, dict[str, Tensor]]) -> None:
         """Copies what the other processes `send` into contiguous tensors on the host, by group and name."""
-        tensors = enumerate(self.sharded().items())
+        tensors = enumerate(self.divided().items())
         others = [(tag, into[group][name]) for tag, ((group, name), tensor) in tensors if tensor.is_meta]
-        received = [dist.irecv(tensor, group=self.shards.group, tag=tag) for tag, tensor in others]
+        received = [dist.irecv(tensor, group=self.owners.group, tag=tag) for tag, tensor in others]
         for work in filter(None, received):
             work.wait()
 
-    def sharded(self) -> dict[tuple[str, str], Tensor]:
-        """Returns the tensors that one process alone holds, by group and name, in one order; none without shards."""
+    def divided(self) -> dict[tuple[str, str], Tensor]:
+        """Returns the tensors that one process alone holds, by group and name, in one order; else nothing."""
         return {
             (group, name): tensor
-            for group, named in (self.tensors() if self.shards.world_size > 1 else {}).items()
+            for group, named in (self.tensors() if self.owners.world_size > 1 else {}).items()
             for name, tensor in named.items()
             if group != "model" and (group, name) != ("optimizer", "loss_scale")
         }
@@ -120,8 +120,8 @@ class TrainState:
     def load_average(self, name: str, network: nn.Module) -> None:
         """Overwrites the parameters of a network like `model` with an average. Collective."""
         self.averages[name].copy_to(network)
-        owners = [self.shards.owners[parameter] for parameter in self.model.parameters()]
-        self.shards.gather_(zip(network.parameters(), owners, strict=True))
+        ranks = [self.owners.of[parameter] for parameter in self.model.parameters()]
+        self.owners.gather_(zip(network.parameters(), ranks, strict=True))
 
     def restart_averages(self) -> None:
         """Makes all averages those of the present weights alone."""
@@ -156,7 +156,7 @@ def create_state(
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainState:
-    """Returns an initial state on the model's device, with averages of these names; collective if it is in shards.
+    """Returns an initial state on the model's device, with averages of these names; collective if divided.
 
     The frozen parts of the model get no gradient.
     """
@@ -165,8 +165,8 @@ def create_state(
         learnt.pop(name).requires_grad_(False)
     kind = OPTIMIZERS[train.optimizer]
     pieces = [[learnt[name] for name in piece] for piece in kind.pieces(learnt)]
-    shards = Shards(model, pieces, *((rank, world_size) if train.shard_optimizer else ()))
-    own = {name for name, parameter in model.named_parameters() if shards.owners[parameter] == shards.rank}
+    owners = Owners(model, pieces, *((rank, world_size) if train.shard_optimizer else ()))
+    own = {name for name, parameter in model.named_parameters() if owners.of[parameter] == owners.rank}
     # Moments like a parameter without memory have none.
     held = {name: each if name in own else nn.Parameter(each.to("meta")) for name, each in learnt.items()}
     optimizer = kind(held.items(), train)
@@ -176,7 +176,7 @@ def create_state(
         shadows,
         optimizer,
         LossLog(device),
-        shards,
+        owners,
         first_nonfinite=torch.tensor(-1, device=device),
         loss_scale=LossScale(device) if train.precision == "fp16" else None,
     )

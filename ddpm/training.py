@@ -228,7 +228,7 @@ def train(
             try:
                 if slots:
                     losses = slots.accumulate(
-                        micro_batches, gradients_of, parameters, threads, should_abandon, state.shards
+                        micro_batches, gradients_of, parameters, threads, should_abandon, state.owners
                     )
                 else:
                     losses = accumulate(micro_batches[0], backward, accelerator, network, should_abandon)
@@ -248,7 +248,7 @@ def train(
             return
         if state.loss_scale and (gradients := [grad for one in parameters if (grad := one.grad) is not None]):
             torch._foreach_mul_(gradients, 1 / factor)
-        norm = state.shards.clip_grad_norm_(state.model.parameters(), options.clip_norm)
+        norm = state.owners.clip_grad_norm_(state.model.parameters(), options.clip_norm)
         # At a larger factor it may be an overflow, and not come again.
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm) & (factor <= 1)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
@@ -262,7 +262,7 @@ def train(
             for name, profile in settings.averages.items():
                 decay = profile.decay_at(state.images_seen, options.batch_size)
                 state.averages[name].update(state.model, decay)
-            state.shards.gather_((parameter, state.shards.owners[parameter]) for parameter in state.shards.given)
+            state.owners.gather_((parameter, state.owners.of[parameter]) for parameter in state.owners.given)
             if normalise is not None:
                 state.before_change()
                 normalise()

@@ -122,7 +122,7 @@ def settings_of(config: RunConfig) -> training.LoopSettings:
 
 
 def initial_state(network: nn.Module, config: RunConfig, rank: int = 0, world_size: int = 1) -> TrainState:
-    """Returns the state of training before the first image; collective if several processes hold it in shards."""
+    """Returns the state of training before the first image; collective if processes divide it."""
     kind = HostEMA if config.ema.device == "cpu" else EMA
     return create_state(network, config.train, settings_of(config).averages, kind, rank=rank, world_size=world_size)
 

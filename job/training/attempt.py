@@ -212,8 +212,8 @@ class TrainingAttempt:
         The main process reads it once and broadcasts it. Collective.
         """
         plan, state, tensors = self.plan, self.state, self.state.tensors()
-        into, sharded = {group: dict(named) for group, named in tensors.items()}, state.sharded()
-        for (group, name), tensor in sharded.items() if self.ranks.is_main else ():
+        into, divided = {group: dict(named) for group, named in tensors.items()}, state.divided()
+        for (group, name), tensor in divided.items() if self.ranks.is_main else ():
             into[group][name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
         def load() -> Manifest | None:
@@ -227,7 +227,7 @@ class TrainingAttempt:
         self.restored = manifest = self.ranks.on_main(load)
         for group, named in tensors.items():
             for name, tensor in named.items():
-                if (group, name) not in sharded:
+                if (group, name) not in divided:
                     self.ranks.broadcast(tensor)
                 elif manifest:
                     # One by one: the other processes have no memory for all.

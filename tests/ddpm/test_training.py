@@ -37,7 +37,7 @@ from ddpm.threads import Threads, group_of
 from tests.ddpm.known import TOLD, build, normal
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
-WORLDS, IN_SHARDS = (1, 2, 3, 4, 5, 7, 8), (2, 3, 4)
+WORLDS, DIVIDED = (1, 2, 3, 4, 5, 7, 8), (2, 3, 4)
 CASES: list[dict[str, Any]] = [
     *({"kind": kind, "network": {"dropout": dropout}} for kind, dropout in product(TOLD, (0.0, 0.1))),
     {"kind": "unet", "network": {"dropout": 0.1}, "micro_batch_size": 1, "memory_format": torch.channels_last},
@@ -124,15 +124,15 @@ def batches_of(steps: int, places: list[int]) -> list[Any]:
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
     groups = {group: dict(named) for group, named in state.tensors().items()}
-    of_others = {key for key, tensor in state.sharded().items() if tensor.is_meta}
+    of_others = {key for key, tensor in state.divided().items() if tensor.is_meta}
     for group, name in of_others:
         groups[group][name] = torch.zeros(groups[group][name].shape, dtype=groups[group][name].dtype)
     sent = state.send()
-    if state.shards.rank == 0:
+    if state.owners.rank == 0:
         state.receive(groups)
     for work in sent:
         work.wait()
-    for group, name in state.sharded():
+    for group, name in state.divided():
         dist.broadcast(read := groups[group][name].contiguous().clone(), 0)
         groups[group][name] = read if (group, name) in of_others else groups[group][name]
     return {f"{group}.{name}": value.clone() for group, named in groups.items() for name, value in named.items()}
@@ -154,14 +154,14 @@ def learn_in_groups(rank: int, folder: Path) -> None:
             dist.init_process_group("gloo", f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size)
         slots = Slots(8, BATCH_IMAGES, rank, world_size)
         threads = Threads(2 if world_size == 1 else 1)
-        for (number, case), in_shards in product(enumerate(CASES), (False, True)):
-            if in_shards and world_size not in IN_SHARDS:
+        for (number, case), is_divided in product(enumerate(CASES), (False, True)):
+            if is_divided and world_size not in DIVIDED:
                 continue
-            name = f"{world_size}-{rank}-{in_shards}"
+            name = f"{world_size}-{rank}-{is_divided}"
             measured = training.Hooks(lambda state, name=name: not (folder / f"held-{name}").write_text(held_bytes()))
             with threads.outside():
                 hooks = ON if number else measured
-                tensors = learnt(slots, threads=threads, shard_optimizer=in_shards, hooks=hooks, **case)
+                tensors = learnt(slots, threads=threads, shard_optimizer=is_divided, hooks=hooks, **case)
             content = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
             (folder / f"{number}-{name}").write_text(hashlib.sha256(content).hexdigest())
             del tensors
@@ -171,15 +171,15 @@ def learn_in_groups(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_any_number_of_processes_learns_the_same_bits(tmp_path: Path) -> None:
-    """In shards too, of which each process has its share, but for one parameter."""
+    """Also where they divide moments and averages; each holds its share then, up to one parameter."""
     multiprocessing.spawn(learn_in_groups, (tmp_path,), max(WORLDS))
     found = [{path.read_text() for path in tmp_path.glob(f"{number}-*")} for number in range(len(CASES))]
     assert [len(hashes) for hashes in found] == [1] * len(CASES)
     assert len(set.union(*found)) == len(CASES)
-    assert len(list(tmp_path.glob("[0-9]*"))) == len(CASES) * (sum(WORLDS) + sum(IN_SHARDS))
+    assert len(list(tmp_path.glob("[0-9]*"))) == len(CASES) * (sum(WORLDS) + sum(DIVIDED))
     sizes = [each.nbytes for name, each in learnt(None, kind="unet", steps=0).items() if name.startswith("model.")]
     whole = int((tmp_path / "held-1-0-False").read_text())
-    for world_size in IN_SHARDS:
+    for world_size in DIVIDED:
         saved = [whole - int(path.read_text()) for path in tmp_path.glob(f"held-{world_size}-*-True")]
         # Two moments and two averages; the images of a process take less than 8 kB.
         expected = 4 * sum(sizes) * (1 - 1 / world_size)

@@ -355,8 +355,8 @@ def losses_of(run):
 def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
     """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4.
 
-    Averages in host memory have the bits of those on the device, and shards those of whole moments and averages. A run
-    may begin with shards and lose them on the way.
+    Averages in host memory have the bits of those on the device. So have moments and averages that processes divide, in
+    some attempts or in all.
     """
     whole_run, moved_run = (f"{name}-{setting.partition('=')[2]}" for name in ("stayed", "parted"))
     precision = setting.removeprefix("train.precision=") if "precision" in setting else "fp32"
@@ -411,7 +411,7 @@ def test_changing_processes_learn_the_same(place, started, precision, bound, sta
 
 @pytest.mark.slow
 def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
-    """Averages too, with which each of them draws and validates, also in shards; and several learn what one does."""
+    """Averages too, divided or not, with which each of them draws and validates; and several learn what one does."""
     more, folder = ("--set", "ema.stds=0.1", "--epochs", 1), hooked(tmp_path / "hooks", job__training__attempt=HOLDS)
     assert place.started("parent", *more).wait(250) == 0
     begins = (*more, "--from", "parent", "--processes")
@@ -420,8 +420,8 @@ def test_all_processes_begin_with_the_weights_of_the_parent(place, tmp_path):
         assert child.wait(250) == 0
         held = {path.read_text() for path in tmp_path.glob("*-*")}
         assert len([*tmp_path.glob(f"{name}-*")]) == processes
-    in_shards = ("--set", "train.exact=true", "--set", "train.shard_optimizer=true")
-    assert place.started("apart", *begins, 2, *in_shards).wait(250) == 0
+    divided = ("--set", "train.exact=true", "--set", "train.shard_optimizer=true")
+    assert place.started("apart", *begins, 2, *divided).wait(250) == 0
     runs = [place.run(name) for name in ("together", "apart")]
     files = [load_manifest(run, max(list_checkpoints(run))).files for run in runs]
     assert len({frozenset(file.sha256 for file in each if RUN_CONFIG not in file.key) for each in files}) == 1

@@ -1,8 +1,8 @@
-"""Moments and averages in shards: each process holds those of its own parameters (ZeRO-1, Rajbhandari et al. 2020).
+"""Division of moments and averages: a process holds those of its own parameters (ZeRO-1, Rajbhandari et al. 2020).
 
 A process gets the gradients of its parameters, steps them, and sends their weights to the others. The parameters stay
-whole: a kernel rounds the vectors of a tensor and the rest of it otherwise, so that steps of pieces would have other
-bits; and each norm of a gradient, and each block of 8-bit codes, is that of one process.
+whole: a kernel rounds the vectors of a tensor and the rest of it otherwise, so that steps of parts would have other
+bits. Norms of gradients and blocks of 8-bit codes also need whole tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class Shards:
-    """The owners of a model's parameters, who have nearly equal numbers of values to learn, and of all values.
+class Owners:
+    """The processes that own a model's parameters, with nearly as many values to learn each, and nearly as many in all.
 
     Attributes:
-        world_size: 1 if each process holds everything; so it does if some process would have nothing to learn.
-        owners: the process that holds moments and averages, by parameter; equal on all processes.
+        world_size: 1 if each process holds everything; it also does if some process would have nothing to learn.
+        of: the process that holds moments and averages, by parameter; equal on all processes.
         given: the learnt parameters that have a gradient in this step, on whatever process, in order.
         group: for messages from host memory.
     """
@@ -35,7 +35,7 @@ class Shards:
         """
         self.rank, self.world_size = (rank, world_size) if len(pieces) >= world_size else (0, 1)
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
-        self.owners, self.given = dict[Tensor, int](), list[nn.Parameter]()
+        self.of, self.given = dict[Tensor, int](), list[nn.Parameter]()
         held = [0] * self.world_size
         learnt = {parameter for piece in pieces for parameter in piece}
         frozen = [[parameter] for parameter in model.parameters() if parameter not in learnt]
@@ -43,7 +43,7 @@ class Shards:
         for each in pieces, frozen:
             for piece in sorted(each, key=lambda piece: -sum(parameter.numel() for parameter in piece)):
                 owner = held.index(min(held))
-                self.owners |= dict.fromkeys(piece, owner)
+                self.of |= dict.fromkeys(piece, owner)
                 held[owner] += sum(parameter.numel() for parameter in piece)
 
     @torch.no_grad()
