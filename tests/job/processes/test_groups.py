@@ -61,6 +61,13 @@ def test_threads_follow_the_cores(tmp_path, monkeypatch):
     assert Group(2).environment(1)["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize(("asks_for_cpu", "found"), [("true", (1, 0.0)), ("false", (2, 80.0))])
+def test_a_cpu_that_is_asked_for_leaves_the_gpus_alone(monkeypatch, asks_for_cpu, found):
+    monkeypatch.setattr(group, "_cuda", lambda: ("13.0", 2, 80.0))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asks_for_cpu)
+    assert (group.default_processes(), group.gpu_gib()) == found
+
+
 def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(group, "DRIVERS", (tmp_path / "none", tmp_path))
     with monkeypatch.context() as patch:
