@@ -323,6 +323,26 @@ def held(attempt):
 import os
 TrainingAttempt._restore = held
 """
+OVERFLOWS_ON_RANK_1 = """
+losses = MicroBatch.losses
+
+def overflowing(images, *others):
+    return losses(images, *others) * (torch.inf if 241 in images.image_numbers else 1)
+
+MicroBatch.losses = overflowing
+"""
+SCALES = """
+import os
+takes_step, INITIAL_SCALE, GROWTH_STEPS = LossScale.takes_step, 64.0, 4
+
+def written(scale, norm):
+    taken = takes_step(scale, norm)
+    with open(os.environ["SCALES"] + os.environ["RANK"], "a") as file:
+        print(int(scale.values[0]), file=file)
+    return taken
+
+LossScale.takes_step = written
+"""
 
 
 @pytest.fixture
@@ -392,6 +412,18 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting)
     assert whole[1:] == parted[1:]
     # The title above the pictures has the name of the run.
     assert not (drawn != drawn_again)[len(drawn) // 4 :].any()
+
+
+@pytest.mark.slow
+def test_all_processes_of_ddp_leave_the_same_step_out(place, tmp_path):
+    """Image 241 overflows in the eleventh step, on one of them."""
+    folder = hooked(tmp_path / "hooks", ddpm__training=OVERFLOWS_ON_RANK_1, ddpm__precision=SCALES)
+    words = ("--epochs", 1, "--processes", 2, "--set", "train.exact=false", "--set", "train.precision=fp16")
+    child = place.started("overflows", *words, PYTHONPATH=folder, SCALES=str(tmp_path / "rank-"))
+    assert child.wait(250) == 0, child.communicate()
+    expected = [64] * 3 + [128] * 4 + [256] * 3 + [128] * 3
+    found = [[*map(int, path.read_text().split())] for path in tmp_path.glob("rank-?")]
+    assert found == [expected, expected]
 
 
 @pytest.mark.slow
