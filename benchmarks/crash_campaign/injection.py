@@ -29,7 +29,7 @@ SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease."""
 INITIAL_SCALE, GROWTH_STEPS = 2.0**24, 3
-"""Of the loss in fp16: it overflows at first, and again after every few steps."""
+"""The loss scale in fp16 overflows at first, and again after every few steps."""
 
 _STORES = {
     "job.store.local": ("LocalStore",),

@@ -232,12 +232,12 @@ class Attempt(Sealed):
 
 
 class ImagesThatFit(Sealed):
-    """The images at once that fit the memory of a process, on GPUs of this size and with so many processes."""
+    """The number of images at once that fits the memory of each process, by the GPUs and the number of processes."""
 
     images: int = Field(gt=0)
     world_size: int
     gpu_gib: float
-    """Of the smallest GPU; 0 without one."""
+    """The memory of the smallest GPU; 0 without one."""
 
 
 def images_that_fit(run: Store, world_size: int, gpu_gib: float) -> int | None:

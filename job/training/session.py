@@ -157,9 +157,9 @@ class Loop:
         self.settings = replace(self.settings, train=train)
 
     def halved(self, images: int) -> bool:
-        """Says that so many images at once follow, in this attempt or the next; returns whether it may be this one.
+        """Says how many images at once follow; returns whether this attempt goes on with them, and not only the next.
 
-        Another process of DDP waits inside of the step that lacks memory here.
+        The other processes of DDP wait inside of the step that lacks memory here.
         """
         note(f"memory ran out: from now on {images:,} images at once per process, which changes the rounding")
         return self.ranks.world_size == 1
