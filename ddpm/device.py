@@ -1,17 +1,27 @@
 """The device that computes: a GPU of CUDA, ROCm or Apple, or the CPU."""
 
-import os
+from __future__ import annotations
 
-import torch
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_cpu_asked_for() -> bool:
+    """Returns whether Accelerate's variable asks for the CPU. Imports no torch."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
 
 
 def best_device(processes: int = 1) -> torch.device:
     """Returns the first GPU, `cuda` for NVIDIA's and AMD's and `mps` for Apple's, else the CPU.
 
-    Several processes of a Mac share its CPU: no backend of torch.distributed takes tensors of `mps`. The variable of
-    Accelerate that asks for the CPU holds here, too.
+    Several processes of a Mac share its CPU: no backend of torch.distributed takes tensors of `mps`.
     """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+    import torch
+
+    if is_cpu_asked_for():
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -20,5 +30,7 @@ def best_device(processes: int = 1) -> torch.device:
 
 def exact_device(device: torch.device | str) -> torch.device:
     """Returns the device that computes for another what must be exact: the CPU for `mps`, which has no float64."""
+    import torch
+
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device

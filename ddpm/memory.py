@@ -32,13 +32,32 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def in_halves(work: Callable[[Any], T], items: Sequence[Any] | np.ndarray) -> list[T]:
-    """Returns what `work` makes of the items, of each half alone where memory runs out; raises if one does not fit."""
-    try:
-        return [work(items)]
-    except RuntimeError as error:
-        if len(items) == 1 or not ran_out(error):
-            raise
-    free()
-    middle = (len(items) + 1) // 2
-    return in_halves(work, items[:middle]) + in_halves(work, items[middle:])
+class Fitting:
+    """Does work in parts that fit memory, and begins with the size that fitted before.
+
+    Attributes:
+        most_items: of a part; None before memory ran out.
+    """
+
+    def __init__(self) -> None:
+        self.most_items: int | None = None
+
+    def in_parts(self, work: Callable[[Any], T], items: Sequence[Any] | np.ndarray) -> list[T]:
+        """Returns what `work` makes of the items, of half as many at once whenever memory runs out.
+
+        Raises:
+            RuntimeError: one item does not fit, or another error.
+        """
+        made, done = list[T](), 0
+        while done < len(items):
+            part = items[done : done + (self.most_items or len(items))]
+            try:
+                made.append(work(part))
+                done += len(part)
+                continue
+            except RuntimeError as error:
+                if len(part) == 1 or not ran_out(error):
+                    raise
+            free()
+            self.most_items = (len(part) + 1) // 2
+        return made

@@ -71,9 +71,9 @@ class Hooks:
     step, without any effect of it."""
     before_change: Callable[[], None] = lambda: None
     """Called before weights, moments or averages change."""
-    halved: Callable[[int], None] | None = None
-    """Called with the new most images of a micro-batch when memory ran out in a step, which runs again; None: the error
-    ends the training. Only where one process adds gradients without slots."""
+    halved: Callable[[int], bool] = lambda images: False
+    """Called with half the images of a micro-batch when memory ran out in a step; returns whether the step runs again
+    with so many at once, else the error ends the training. True only where one process adds gradients without slots."""
 
 
 @dataclass(frozen=True)
@@ -235,14 +235,13 @@ def train(
                 break
             except RuntimeError as error:
                 failed_images = len(micro_batches[0][0].image_numbers)
-                if hooks.halved is None or failed_images == 1 or not memory.ran_out(error):
+                most_images = (failed_images + 1) // 2
+                if failed_images == 1 or not memory.ran_out(error) or not hooks.halved(most_images):
                     raise
             # Nothing of the step is left: the weights have not changed, and all is drawn by the images' numbers.
             state.model.zero_grad()
             memory.free()
-            most_images = (failed_images + 1) // 2
             fewest = fewest_micro_batches(slots, options.batch_size, most_images, world_size)
-            hooks.halved(most_images)
         if losses is None:
             state.model.zero_grad()
             return

@@ -102,6 +102,7 @@ class Exit(IntEnum):
     BUCKET_AWAY = 69, "the bucket did not answer within the limit", Restart.BOUNDED
     NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it"
     HUNG = 71, "the job hung, or its machine lost a GPU", Restart.BOUNDED
+    NO_MEMORY = 72, "memory ran out, even for the smallest part of the work", Restart.BOUNDED
     DISK_FULL = 74, "the local disk is full"
     STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", Restart.ALWAYS, State.STOPPED
     LOST_RUN = 76, "another attempt holds the run"
@@ -110,9 +111,9 @@ class Exit(IntEnum):
 
 
 CRASHED = 1
-"""The exit code of a program that ended by an unforeseen error, or by a lack of memory."""
+"""The exit code of a program that ended by an unforeseen error."""
 TABLE: dict[int, Exit] = {int(code): code for code in Exit}
-"""The rows by number: a program that crashes, is killed or runs out of memory ends with a code of no row."""
+"""The rows by number: a program that crashes or is killed ends with a code of no row."""
 
 
 def state_after(code: int | None) -> State:
@@ -248,8 +249,8 @@ def ending_of(error: BaseException) -> tuple[int, str]:
             return int(Exit.NO_PERMISSION), said
         case OSError(errno=errno.ENAMETOOLONG | errno.ENOTDIR | errno.EISDIR | errno.ELOOP):
             return int(Exit.BAD_REQUEST), f"{error.strerror}{_at(error)}: choose another path"
-        case RuntimeError() | MemoryError() | ImportError() | OSError():
-            return CRASHED, _out_of_memory(error)
+        case RuntimeError() | MemoryError() | ImportError() | OSError() if said := _out_of_memory(error):
+            return int(Exit.NO_MEMORY), said
     return CRASHED, ""
 
 
@@ -260,14 +261,14 @@ def _at(error: OSError) -> str:
 def _out_of_memory(error: Exception) -> str:
     """Returns the message of an error that memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
-    is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # Lack of memory has many messages: a bare RuntimeError of PyTorch, an unspecific one of oneDNN, and those of the
     # kernel and the loader where a limit such as `ulimit -v` leaves no room for the program itself.
     words = (
         r"can(no|')t allocate memory|could not create a primitive|(\S+\.so\S* )?failed to map segment|start new thread"
-        "|MPS backend out of memory"
+        "|MPS backend out of memory|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
     )
     said = re.search(words, text, re.IGNORECASE)
+    is_gpu = torch is not None and (isinstance(error, torch.OutOfMemoryError) or bool(said and said[0][:2] == "CU"))
     if not (is_gpu or isinstance(error, MemoryError) or said):
         return ""
     text = said[0] if said and isinstance(error, ImportError) else text.removeprefix("CUDA out of memory. ")
@@ -275,8 +276,9 @@ def _out_of_memory(error: Exception) -> str:
     place, allow = ("GPU", "") if is_gpu else ("machine", "allow more (`ulimit -a`), or ")
     return (
         f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
-        "the rounding and the masks of dropout, or with model.gradient_checkpointing=true; a new run may have another "
-        "train.precision, train.optimizer or size; what was saved is there, and the same command goes on from it"
+        "the rounding and the masks of dropout, or with model.gradient_checkpointing=true or ema.device=cpu; a new run "
+        "may have another train.precision, train.optimizer=adamw8bit or a smaller size; what was saved is there, and "
+        "the same command goes on from it"
     )
 
 

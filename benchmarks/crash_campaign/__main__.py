@@ -40,7 +40,7 @@ from job.store import open_store
 
 LANES_AT_A_TIME = 2
 KINDS = ((1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1))
-"""The number of processes and the dropout of each lane."""
+"""The number of processes and the dropout of each lane; those with dropout train in fp16."""
 TURNS = (*KINDS, *KINDS[:2])
 """The lanes that get random kills in turn: those of two processes get fewer, since they are slower."""
 ACTIONS, TARGETS = ("kill", "term"), ("group", "rank", "launcher")
@@ -96,7 +96,8 @@ def plan_lanes(
     # A broken protocol shows in any lane.
     shares = {kind: (list[Point](), list[Moment]()) for kind in (KINDS[:1] if sabotage else KINDS)}
     for number, point in enumerate(chosen):
-        kind = point.processes, KINDS[number % 2][1]
+        # Runs in fp32 do not overflow.
+        kind = point.processes, KINDS[1 if point.op == "overflow" else number % 2][1]
         shares[kind if kind in shares else KINDS[0]][0].append(point)
     generator, turns = random.Random(seed), cycle(kind for kind in TURNS if kind in shares)
     # Equally many kills of each kind, in a random order.

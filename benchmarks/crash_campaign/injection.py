@@ -28,6 +28,8 @@ OPERATIONS = ("read", "create", "replace", "put", "move", "download", "open", "d
 SHARD_IMAGES = 26
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease."""
+INITIAL_SCALE, GROWTH_STEPS = 2.0**24, 3
+"""The loss scale in fp16 overflows at first, and again after every few steps."""
 
 _STORES = {
     "job.store.local": ("LocalStore",),
@@ -85,6 +87,10 @@ class Fault:
         self._struck = True
         number = signal.SIGKILL if self._fields["action"] == "kill" else signal.SIGTERM
         self._trace("fault", point=self._fields["name"], op=op, uri=uri)
+        if self._fields["action"] == "shortage":
+            import torch
+
+            raise torch.OutOfMemoryError("planted by the campaign")
         match self._fields["target"]:
             case "group":
                 os.killpg(0, number)
@@ -134,6 +140,9 @@ class Watched:
                 wrap(module.TrainingAttempt, "_restore", self._began)
             case "job.training.session":
                 wrap(module.TrainingSession, "after_step", self._stepped)
+            case "ddpm.precision":
+                vars(module).update(INITIAL_SCALE=INITIAL_SCALE, GROWTH_STEPS=GROWTH_STEPS)
+                wrap(module.LossScale, "takes_step", self._norm_found)
             case "ddpm.training":
                 wrap(module.randomness, "training_noise", self._noise_drawn)
                 wrap(module.Objective, "losses", self._losses_asked)
@@ -192,7 +201,11 @@ class Watched:
     def _losses_asked(self, losses: Callable[..., Any], objective: Any, network: Any, *args: Any, **named: Any) -> Any:
         x_start, noise, drawn = args[:3]
         self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
-        return losses(objective, network, *args, **named)
+        return self._around("losses", "", b"", lambda: losses(objective, network, *args, **named))
+
+    def _norm_found(self, takes_step: Callable[..., bool], scale: Any, norm: Any) -> Any:
+        op = "step" if norm.isfinite() else "overflow"
+        return self._around(op, "", b"", lambda: takes_step(scale, norm))
 
     def _digests(self) -> list[list[Any]]:
         """Returns for each image of this step its number, and a hash of its pixels, noise and point."""

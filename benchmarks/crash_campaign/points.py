@@ -20,12 +20,13 @@ class Point:
     Attributes:
         name: its name for `--points` and the report.
         what: its description for people.
-        op: a method of `job.store.Store`, `sampling-step` for a step of a sampler; or `rot`, done between processes.
+        op: a method of `job.store.Store`, `sampling-step` for a step of a sampler, `losses` for a pass, `overflow` for
+            a step in fp16 that is left out; or `rot`, done between processes.
         key: regular expression for the object's URI.
         when: `before` or `after` the operation.
         nth: the number of the matching operation of a process, from 1.
         data: regular expression for the written data.
-        action: `kill` (SIGKILL) or `term` (SIGTERM).
+        action: `kill` (SIGKILL), `term` (SIGTERM), or `shortage` (memory runs out there).
         target: `group`, `rank` or `launcher`.
         rank: the process that it lies in.
         processes: the number of processes that train.
@@ -63,6 +64,11 @@ POINTS = (
     Point("last-picture", "the last picture is made, not stored", "put", f"{PICTURES}denoising-", when="before"),
     Point("finished-before", "everything is there, the status is not updated", "put", "/status.json$", when="before",
           data='"state": "finished"'),
+    Point("overflow", "a step has overflowed in fp16, and is left out", "overflow", nth=9),
+    Point("rank-1-shortage", "memory runs out in a step of one of two ranks", "losses", nth=50, action="shortage",
+          target="rank", rank=1, processes=2),
+    Point("sampling-shortage", "memory runs out in in-training sampling", "sampling-step", nth=3, action="shortage",
+          target="rank"),
 )  # fmt: skip
 BY_NAME = {point.name: point for point in POINTS}
 

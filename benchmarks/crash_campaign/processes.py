@@ -36,6 +36,7 @@ EXPECTED_CODES = {
     ("term", "group"): {Exit.STOPPED, TERMINATED},
     ("term", "launcher"): {Exit.STOPPED, TERMINATED},
     ("term", "rank"): {Exit.STOPPED, 128 + signal.SIGTERM},
+    ("shortage", "rank"): {Exit.NO_MEMORY},
 }
 """The exit codes of the command after a signal to a target; it may also have finished just before."""
 
@@ -298,7 +299,8 @@ class Attempts:
                 raise BrokenError(f"before {point.name} the command ended with {code}: {invocation.last_line}")
             return False
         self.expect(invocation, point.action, point.target, point.name)
-        self.count(invocation, f"SIG{point.action.upper()} {point.target} at a point", point.name)
+        what = point.action if point.action == "shortage" else f"SIG{point.action.upper()}"
+        self.count(invocation, f"{what} {point.target} at a point", point.name)
         return True
 
     def signal(self, invocation: Invocation, moment: Moment, images: int) -> str:

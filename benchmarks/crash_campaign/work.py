@@ -20,7 +20,6 @@ SETTINGS = {
     "model.norm_groups": 4,
     "model.attention_sizes": 8,
     "diffusion.timesteps": 50,
-    "train.precision": "fp32",
     "train.batch_size": BATCH_SIZE_IMAGES,
     "train.warmup_images": 960,
     "data.augment": 0.2,
@@ -57,6 +56,7 @@ class Work:
     def train(self, run: str) -> list[str]:
         """Trains or resumes a run; waits for another attempt that holds it."""
         chosen = SETTINGS | {"model.dropout": self.dropout, "train.seed": self.seed}
+        chosen["train.precision"] = "fp16" if self.dropout else "fp32"
         words = ["train", "--dataset", DATASET, "--run", run, "--bucket", self.bucket, "--epochs", str(self.epochs)]
         words += ["--processes", str(self.processes), "--wait", "120"]
         return words + [f"--set={key}={value}" for key, value in chosen.items()]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ddpm.augment import Latents
 from ddpm.device import best_device
 from ddpm.image_size import ImageSize
+from ddpm.memory import Fitting
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
 from job.data.images import codec_versions, encode_latents
@@ -196,6 +197,7 @@ class _Encoding(Packing):
     def __init__(self, images: ImageCache, name: str, encoder: _Encoder, folder: Path, stop: Stop) -> None:
         """Encodes the first images: an autoencoder that overflows must fail before anything is written."""
         self._images, self._name, self._encoder, self._folder, self._stop = images, name, encoder, folder, stop
+        self._fitting = Fitting()
         source = self._source = images.index
         self.key, self.where = shards.dataset_key(name, encoder.size), f"{source.name}-{source.size}"
         self.title, self.sizes = f"encoding {source.name}", source.shards.images.tolist()
@@ -204,7 +206,7 @@ class _Encoding(Packing):
         config, weights = (hashlib.sha256(content).hexdigest() for content in encoder.files)
         self._hashes = config, weights
         self.fingerprint = hashlib.sha256(json.dumps([source.dataset_id, config, weights]).encode()).hexdigest()
-        self._moments(np.arange(min(ENCODED_IMAGES, source.images)))
+        self._fitting.in_parts(self._moments, np.arange(min(ENCODED_IMAGES, source.images)))
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes the latents of a shard's images to a shard; its facts hold the sums for the normalisation."""
@@ -214,7 +216,7 @@ class _Encoding(Packing):
         for start in range(first, last, ENCODED_IMAGES):
             self._stop.check(f"while {self.title}", "the same command goes on behind the last shard")
             some = np.arange(start, min(start + ENCODED_IMAGES, last))
-            moments = self._moments(some)
+            moments = np.concatenate(self._fitting.in_parts(self._moments, some))
             labels = self._images.labels(some).tolist()
             for image, one, label in zip(some.tolist(), moments, labels, strict=True):
                 writer.add(f"{image:09d}", encode_latents(one), label, "npy")

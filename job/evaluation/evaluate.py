@@ -20,7 +20,7 @@ import torch
 from ddpm import metrics, randomness
 from ddpm.augment import Latents
 from ddpm.catalogue import METRICS
-from ddpm.memory import in_halves
+from ddpm.memory import Fitting
 from ddpm.model import Sampling
 from ddpm.objective import Condition, Drawn, spread_over_steps
 from ddpm.state import LossLog, loss_row
@@ -152,10 +152,10 @@ def _make_features(
     ranks: Ranks,
 ) -> None:
     """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective."""
+    fitting, seen = Fitting(), partial(features_of, extract, device=ranks.device)
 
     def make(piece: int, advance: Advance) -> Made:
-        seen = partial(features_of, extract, device=ranks.device)
-        parts = [part for images in images_of(piece, advance) for part in in_halves(seen, images)]
+        parts = [part for images in images_of(piece, advance) for part in fitting.in_parts(seen, images)]
         return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     features.make_missing(make, title, stop=ranks.stop, ranks=ranks)
@@ -337,20 +337,24 @@ def validation_row(painter: Painter, images: ImageCache, latents: Latents | None
     log, bits = LossLog(painter.device), LossLog(painter.device)
     is_bounded = not (config.diffusion.offset_noise or latents)
     of_ranks = painter.shared_out(count, config.sample.batch_size)
+
+    @torch.inference_mode()
+    def losses_of(places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
+        drawn, predict = Drawn(*points[:, places].to(painter.device)), painter.predict
+        losses, bound = objective.losses(predict, x_start, noise, drawn, condition), None
+        if is_bounded:
+            at = steps[places], stands_for[places]
+            bound = objective.bits_per_dim(predict, x_start, noise, *at, condition)
+        return losses, bound, drawn.quartile
+
     # Every process checks as often as the first one, which has the most images: the others would wait for it for ever.
     for _, of_batch in zip_longest(of_ranks[0], of_ranks[painter.ranks.rank]):
         painter.check_agreed("while validating")
-        if not of_batch:
-            continue
-        places = np.array(of_batch)
-        x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
-        drawn = Drawn(*points[:, places].to(painter.device))
-        with torch.inference_mode():
-            losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
-            log.add(losses, drawn.quartile)
-            if is_bounded:
-                at = steps[places], stands_for[places]
-                bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
+        for losses, bound, quartile in painter.fitting.in_parts(losses_of, np.array(of_batch or [], np.int64)):
+            log.add(losses, quartile)
+            if bound is not None:
+                bits.add(bound, quartile)
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
     return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})

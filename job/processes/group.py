@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ddpm.device import is_cpu_asked_for
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
 from job.platform import usable_cores
 from job.stop import count_of
@@ -119,13 +120,13 @@ def _free_port() -> int:
 
 
 def default_processes() -> int:
-    """Returns one process per GPU that torch sees, or one."""
-    return max(1, _cuda()[1])
+    """Returns one process per GPU that torch sees; one without GPUs, or if the CPU is asked for."""
+    return 1 if is_cpu_asked_for() else max(1, _cuda()[1])
 
 
 def gpu_gib() -> float:
-    """Returns the memory in GiB of the smallest GPU that torch sees; 0 without one."""
-    return _cuda()[2]
+    """Returns the memory in GiB of the smallest GPU that torch sees; 0 without one, or if the CPU is asked for."""
+    return 0.0 if is_cpu_asked_for() else _cuda()[2]
 
 
 def local_gpus() -> int:

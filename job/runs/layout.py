@@ -59,6 +59,7 @@ class ObjectKind(Enum):
     LATEST = "LATEST"  # the checkpoint of the last commit, a hint
     PAGE = "report.html"  # the page of the run, rewritten with each sample grid
     ATTEMPT = "attempts/{fence:06d}.json"  # one per attempt, created once: its number is the attempt's fence
+    FITTING = "fitting.json"  # the images at once that fit the memory, rewritten when it runs out: a hint
     MANIFEST = "checkpoints/{checkpoint}/MANIFEST.json"  # created once, last: the commit of a checkpoint
     TENSORS = "checkpoints/{checkpoint}/{group}-{number:02d}.safetensors"
     PIPELINE = "checkpoints/{checkpoint}/{pipeline}"  # weights to sample with, for diffusers

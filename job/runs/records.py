@@ -231,6 +231,31 @@ class Attempt(Sealed):
     """The price of all its machines together, as given when it was submitted."""
 
 
+class ImagesThatFit(Sealed):
+    """The number of images at once that fits the memory of each process, by the GPUs and the number of processes."""
+
+    images: int = Field(gt=0)
+    world_size: int
+    gpu_gib: float
+    """The memory of the smallest GPU; 0 without one."""
+
+
+def images_that_fit(run: Store, world_size: int, gpu_gib: float) -> int | None:
+    """Returns the images at once that an earlier attempt with the same memory found to fit, if one did."""
+    with suppress(ObjectMissingError, BadDataError):
+        found = ImagesThatFit.load(run, ObjectKind.FITTING.value)
+        if (found.world_size, found.gpu_gib) == (world_size, gpu_gib):
+            return found.images
+    return None
+
+
+def put_images_that_fit(run: Store, images: int, world_size: int, gpu_gib: float) -> None:
+    """Writes down what `images_that_fit` returns; without the bucket the next attempt tries anew."""
+    with suppress(JobError):
+        record = ImagesThatFit(images=images, world_size=world_size, gpu_gib=gpu_gib)
+        run.within(PATIENCE_SECONDS).put(ObjectKind.FITTING.value, record.to_json())
+
+
 def attempt_fences(run: Store) -> list[int]:
     """Returns the fences of the recorded attempts, in order; other holders of the lease leave gaps."""
     return sorted(place.fence for place in places_in(run, ObjectKind.ATTEMPT.folder).values() if place.kind)

@@ -17,7 +17,7 @@ from torch import nn
 from ddpm import figures
 from ddpm.device import best_device
 from ddpm.grids import find_grid, numbered_points
-from ddpm.memory import in_halves
+from ddpm.memory import Fitting
 from ddpm.model import Callback, Model, NotFiniteError, Sampling
 from ddpm.precision import autocast
 from ddpm.process import Point, VarianceExploding
@@ -78,7 +78,7 @@ class Painter(Model):
         """
         super().__init__(**vars(model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop = config, ranks, ranks.stop
-        self.agreement, self.renewals = agreement, renewals
+        self.agreement, self.renewals, self.fitting = agreement, renewals, Fitting()
 
     def load_worse(self, worse: Worse) -> None:
         """Reads the weights of the weaker network for autoguidance, with the configuration of its run. Collective."""
@@ -156,7 +156,7 @@ class Painter(Model):
 
         with Progress(title, total=len(seeds)) as bar:
             for places in mine:
-                made.extend(in_halves(sampled, places))
+                made.extend(self.fitting.in_parts(sampled, places))
             while done < agreements:
                 after_evaluation()
             self.agreement.finish()
@@ -209,25 +209,30 @@ class Painter(Model):
                 some = [seeds[place] for place in places]
                 return self.sample_alone(some, sampling, after, route.walk_of(places))
 
-            yield from in_halves(sampled, places)
+            yield from self.fitting.in_parts(sampled, places)
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """Returns a GIF of the denoising of a few seeds: a frame for each of at most `GIF_FRAMES` moments."""
         # The time of EDM's network, ln(σ)/4, means less to people than σ.
         by_sigma = isinstance(self.process, VarianceExploding)
-        evaluations = itertools.count()
         shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES - 1)
-        frames: list[tuple[np.ndarray, str]] = []
 
-        def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
-            self.check_stopped()
-            if next(evaluations) in shown:
-                # Scaled to the variance of the images: otherwise most pixels of noise would be black or white.
-                at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
-                frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
+        def frames_of(some: Sequence[int]) -> list[tuple[np.ndarray, str]]:
+            evaluations, frames = itertools.count(), list[tuple[np.ndarray, str]]()
 
-        frames.append((self.sample_alone(seeds, sampling, keep), "the image"))
-        return figures.denoising_gif([images for images, _ in frames], labels=[at for _, at in frames], title=title)
+            def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
+                self.check_stopped()
+                if next(evaluations) in shown:
+                    # Scaled to the variance of the images: otherwise most pixels of noise would be black or white.
+                    at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
+                    frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
+
+            frames.append((self.sample_alone(some, sampling, keep), "the image"))
+            return frames
+
+        parts = self.fitting.in_parts(frames_of, seeds)
+        images = [np.concatenate([of_part for of_part, _ in frame]) for frame in zip(*parts, strict=True)]
+        return figures.denoising_gif(images, labels=[at for _, at in parts[0]], title=title)
 
     def sample_alone(
         self,

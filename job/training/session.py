@@ -29,6 +29,7 @@ from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, build_accelerator
 from job.progress import Progress, note
 from job.requests import TrainRequest
+from job.runs import records
 from job.runs.outlook import duration
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
@@ -80,11 +81,6 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     return attempt.plan
 
 
-def say_smaller(images: int) -> None:
-    """Says that micro-batches are smaller from now on."""
-    note(f"memory ran out: from now on {images:,} images at once per process, which changes the rounding")
-
-
 class Loop:
     """The parts of `ddpm.training.train` on one process of a run.
 
@@ -92,7 +88,15 @@ class Loop:
         batches: to be closed.
     """
 
-    def __init__(self, config: RunConfig, images: ImageCache, ranks: Ranks, state: TrainState, last_image: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        images: ImageCache,
+        ranks: Ranks,
+        state: TrainState,
+        last_image: int,
+        images_that_fit: int | None = None,
+    ) -> None:
         """Prepares the network and the batches from the state's image on. Collective.
 
         Args:
@@ -101,12 +105,17 @@ class Loop:
             ranks: all processes.
             state: new, or restored from a checkpoint.
             last_image: see `stream_batches`.
+            images_that_fit: the images of a micro-batch that fitted the memory before; None: unknown.
         """
         self.config, self.images, self.ranks, self.state, self.stop = config, images, ranks, state, ranks.stop
         self.batch_size, self.device = config.train.batch_size, ranks.device
         self.objective = method.objective_of(config)
         self.settings = replace(method.settings_of(config), latents=latents_of(images.index))
         self.slots = compute.slots_of(config.train, ranks)
+        # Smaller parts of a slot would be rounded otherwise.
+        self.may_cut = config.train.micro_batch_size == "auto" and not self.slots
+        if images_that_fit and self.may_cut:
+            self._cut(images_that_fit)
         self.threads = threads_of(self.device, config.train.slot_threads or 1) if self.slots else None
         self.accelerator = build_accelerator(deterministic=self.slots is not None)
         self.network = self._wrapped()
@@ -124,7 +133,7 @@ class Loop:
 
     def _wrapped(self) -> nn.Module:
         """Returns the model compiled if so configured, and wrapped for autocast and, without slots, for DDP."""
-        model, options = self.state.model, self.config.train
+        model, options = self.state.model, self.settings.train
         if options.compile and self.device.type == "cuda":
             model.compile()
         model.forward = autocast(options.precision, self.device.type)(model.forward)
@@ -133,16 +142,27 @@ class Loop:
         is_whole = self.slots is not None
         network: nn.Module = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=is_whole)
         if self.ranks.world_size > 1 and not is_whole:
-            if options.micro_batch_size == "auto":
-                whole = -(-self.batch_size // self.ranks.world_size)
-                fitting = compute.fitting_images(model, self.config, whole, self.ranks)
-                if fitting < whole:
-                    options = options.model_copy(update={"micro_batch_size": fitting})
-                    self.settings = replace(self.settings, train=options)
-                    say_smaller(fitting)
-            images = min(len(self._places()), training.micro_batch_images(options) or self.batch_size)
+            most = training.micro_batch_images(options) or -(-self.batch_size // self.ranks.world_size)
+            fitting = compute.fitting_images(model, self.config, most, self.ranks) if self.may_cut else most
+            if fitting < most:
+                self._cut(fitting)
+                if self.ranks.is_main:
+                    self.halved(fitting)
+            images = min(len(self._places()), fitting)
             compute.settle_buckets(network, self.config, images, self.device)
         return network
+
+    def _cut(self, images: int) -> None:
+        train = self.config.train.model_copy(update={"micro_batch_size": images})
+        self.settings = replace(self.settings, train=train)
+
+    def halved(self, images: int) -> bool:
+        """Says how many images at once follow; returns whether this attempt goes on with them, and not only the next.
+
+        The other processes of DDP wait inside of the step that lacks memory here.
+        """
+        note(f"memory ran out: from now on {images:,} images at once per process, which changes the rounding")
+        return self.ranks.world_size == 1
 
     def _places(self) -> range:
         """Returns this process's places in each batch."""
@@ -154,9 +174,8 @@ class Loop:
 
     def learn(self, hooks: training.Hooks) -> None:
         """Trains to the end of the batches, or until a hook ends it."""
-        # Smaller parts of a slot would be rounded otherwise, and DDP's other processes would wait inside a step.
-        if self.config.train.micro_batch_size == "auto" and not self.slots and self.ranks.world_size == 1:
-            hooks = replace(hooks, halved=say_smaller)
+        if self.may_cut:
+            hooks = replace(hooks, halved=self.halved)
         training.train(
             self.state,
             self.network,
@@ -266,8 +285,10 @@ class TrainingSession(Loop):
     def __init__(self, attempt: TrainingAttempt) -> None:
         """Prepares the network, the interludes and the stream of batches of a restored attempt. Collective."""
         plan, ranks, recorder = attempt.plan, attempt.ranks, attempt.recorder
-        super().__init__(plan.config, attempt.images, ranks, attempt.state, plan.target_images)
         self.attempt, self.plan, self.recorder = attempt, plan, recorder
+        self._memory = ranks.world_size, compute.memory_of_gpu_gib()
+        fitting = ranks.on_main(lambda: records.images_that_fit(plan.run, *self._memory))
+        super().__init__(plan.config, attempt.images, ranks, attempt.state, plan.target_images, fitting)
         copied = recorder.writer.before_change if recorder else lambda: None
         self.hooks = training.Hooks(self.after_step, self._should_abandon, copied)
         self.agreement = Agreement(ranks.world_size, flags=4)
@@ -305,6 +326,11 @@ class TrainingSession(Loop):
                 f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
                 "command goes on from there"
             )
+
+    def halved(self, images: int) -> bool:
+        """Writes the number down for the next attempt, too."""
+        records.put_images_that_fit(self.plan.run, images, *self._memory)
+        return super().halved(images)
 
     def finish(self) -> None:
         """Makes the last pictures and the finished page, and waits until the bucket has them. Collective."""

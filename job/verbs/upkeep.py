@@ -36,7 +36,7 @@ from job.runs.checkpoints import (
 )
 from job.runs.layout import PICTURES, CheckpointRef, Located, ObjectKind, located
 from job.runs.metric_rows import read_rows
-from job.runs.records import CONFIG_KEY, Attempt, Status
+from job.runs.records import CONFIG_KEY, Attempt, ImagesThatFit, Status
 from job.runs.retention import (
     READING_SECONDS,
     Named,
@@ -63,6 +63,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.LEASE: LeaseRecord,
     ObjectKind.STATUS: Status,
     ObjectKind.LATEST: Latest,
+    ObjectKind.FITTING: ImagesThatFit,
     ObjectKind.MANIFEST: Manifest,
     ObjectKind.AVERAGE: AverageRecord,
     ObjectKind.READER: Reader,

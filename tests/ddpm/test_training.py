@@ -7,7 +7,6 @@ import hashlib
 import math
 import random
 import time
-import weakref
 from contextlib import nullcontext
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,8 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm import precision as precision_module
 from ddpm import training
@@ -35,6 +32,7 @@ from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.state import TrainState, create_state, loss_row
 from ddpm.threads import Threads, group_of
 from tests.ddpm.known import TOLD, build, normal
+from tests.little_memory import LittleMemory
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
 WORLDS, DIVIDED = (1, 2, 3, 4, 5, 7, 8), (2, 3, 4)
@@ -268,32 +266,6 @@ def test_a_step_that_is_left_changes_nothing() -> None:
         assert torch.equal(left[name], tensor), name
 
 
-class LittleMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations made and that live, and refuses more than `limit_bytes`."""
-
-    def __init__(self, limit_bytes: float = math.inf) -> None:
-        super().__init__()
-        self.limit_bytes, self.live_bytes, self.peak_bytes, self.refused_in = limit_bytes, 0, 0, list[str]()
-        self._known = set[int]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.live_bytes += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        if self.live_bytes > self.limit_bytes:
-            self.refused_in.append(str(function))
-            raise torch.OutOfMemoryError(f"{self.live_bytes:,} bytes")
-        return result
-
-    def _free(self, key: int, size_bytes: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= size_bytes
-
-
 @pytest.mark.parametrize("share", [0.95, 0.7])
 def test_a_step_without_memory_runs_again_in_halves(share: float) -> None:
     """Nothing of the failed pass remains; the results are those of enough memory, up to rounding."""
@@ -301,7 +273,12 @@ def test_a_step_without_memory_runs_again_in_halves(share: float) -> None:
         expected = learnt(None, kind="unet", steps=3)
     sizes = list[int]()
     with LittleMemory(share * enough.peak_bytes) as little:
-        found = learnt(None, kind="unet", steps=3, hooks=training.Hooks(lambda state: False, halved=sizes.append))
+        found = learnt(
+            None,
+            kind="unet",
+            steps=3,
+            hooks=training.Hooks(lambda state: False, halved=lambda images: not sizes.append(images)),
+        )
     assert sizes == [8] and little.refused_in
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-4, atol=1e-4)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm.model import noise_of
 from job.config import method
-from job.data.latents import latents_of
+from job.data.latents import _Encoding, latents_of
 from job.data.pack import pack
 from job.data.pack_request import PackRequest
 from job.data.reading.cache import ImageCache
@@ -111,6 +111,21 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
     shown = succeeded(ddpm_here("data", "show", "tiles-latents", "--bucket", bucket))
     assert f"{index.images} as latents of 8×8×4, encoded from tiles-16" in shown
+
+
+def test_memory_that_runs_out_while_encoding(bucket, images, autoencoder, tmp_path, monkeypatch):
+    moments, copy = _Encoding._moments, shutil.copytree(images, tmp_path / "bucket")
+
+    def with_little_memory(encoding, numbers):
+        if len(numbers) > 5:
+            raise torch.OutOfMemoryError
+        return moments(encoding, numbers)
+
+    monkeypatch.setattr(_Encoding, "_moments", with_little_memory)
+    succeeded(encode("tiles", autoencoder, copy))
+    stores = map(open_store, map(str, (bucket, copy)))
+    some, others = (moments_in(store, load_index(store, KEY)) for store in stores)
+    assert some == pytest.approx(others, abs=2e-3)
 
 
 def test_a_run_decodes_what_it_draws(bucket, autoencoder):

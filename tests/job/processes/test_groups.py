@@ -61,6 +61,13 @@ def test_threads_follow_the_cores(tmp_path, monkeypatch):
     assert Group(2).environment(1)["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.parametrize(("asks_for_cpu", "found"), [("true", (1, 0.0)), ("false", (2, 80.0))])
+def test_a_cpu_that_is_asked_for_leaves_the_gpus_alone(monkeypatch, asks_for_cpu, found):
+    monkeypatch.setattr(group, "_cuda", lambda: ("13.0", 2, 80.0))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asks_for_cpu)
+    assert (group.default_processes(), group.gpu_gib()) == found
+
+
 def test_missing_gpus_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(group, "DRIVERS", (tmp_path / "none", tmp_path))
     with monkeypatch.context() as patch:
@@ -316,6 +323,26 @@ def held(attempt):
 import os
 TrainingAttempt._restore = held
 """
+OVERFLOWS_ON_RANK_1 = """
+losses = MicroBatch.losses
+
+def overflowing(images, *others):
+    return losses(images, *others) * (torch.inf if 241 in images.image_numbers else 1)
+
+MicroBatch.losses = overflowing
+"""
+SCALES = """
+import os
+takes_step, INITIAL_SCALE, GROWTH_STEPS = LossScale.takes_step, 64.0, 4
+
+def written(scale, norm):
+    taken = takes_step(scale, norm)
+    with open(os.environ["SCALES"] + os.environ["RANK"], "a") as file:
+        print(int(scale.values[0]), file=file)
+    return taken
+
+LossScale.takes_step = written
+"""
 
 
 @pytest.fixture
@@ -392,6 +419,18 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting)
     assert whole[1:] == parted[1:]
     # The title above the pictures has the name of the run.
     assert not (drawn != drawn_again)[len(drawn) // 4 :].any()
+
+
+@pytest.mark.slow
+def test_all_processes_of_ddp_leave_the_same_step_out(place, tmp_path):
+    """Image 241 overflows in the eleventh step, on one of them."""
+    folder = hooked(tmp_path / "hooks", ddpm__training=OVERFLOWS_ON_RANK_1, ddpm__precision=SCALES)
+    words = ("--epochs", 1, "--processes", 2, "--set", "train.exact=false", "--set", "train.precision=fp16")
+    child = place.started("overflows", *words, PYTHONPATH=folder, SCALES=str(tmp_path / "rank-"))
+    assert child.wait(250) == 0, child.communicate()
+    expected = [64] * 3 + [128] * 4 + [256] * 3 + [128] * 3
+    found = [[*map(int, path.read_text().split())] for path in tmp_path.glob("rank-?")]
+    assert found == [expected, expected]
 
 
 @pytest.mark.slow

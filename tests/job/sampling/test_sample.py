@@ -87,7 +87,7 @@ def test_a_batch_without_memory_is_drawn_in_halves(draw, monkeypatch):
 
     monkeypatch.setattr(Painter, "sample_alone", with_little_memory)
     assert np.abs(draw(SEEDS, 64) - expected).max() <= 1
-    assert sizes == [7, 4, 2, 2, 3, 2, 1]
+    assert sizes == [7, 4, 2, 2, 2, 1]
 
 
 ORDERS = {"unipc": 2, "ipndm": 2, "deis": 3}
