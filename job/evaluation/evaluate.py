@@ -344,7 +344,7 @@ def validation_row(painter: Painter, images: ImageCache, latents: Latents | None
             continue
         places = np.array(of_batch)
         x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
-        drawn = Drawn(*points[:, places].to(painter.device))
+        drawn = Drawn.of(points[:, places].to(painter.device))
         with torch.inference_mode():
             losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
             log.add(losses, drawn.quartile)

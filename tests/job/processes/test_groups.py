@@ -346,7 +346,9 @@ def losses_of(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "setting", ["train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"]
+    "setting",
+    ["train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"]
+    + ["diffusion.objective=consistency"],
 )
 def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
     """Five slots on 1 process; or on 2 that are asked to stop, 1 that is killed, 3 that die together, and 4.
