@@ -51,6 +51,7 @@ SAMPLERS = {
     "unipc": Sampler("UniPC with B₂, predictor and corrector (Zhao et al. 2023)", ("order",)),
     "ipndm": Sampler("Adams and Bashforth's method (Zhang & Chen 2023)", ("order",)),
     "deis": Sampler("DEIS, for uneven steps in ln(σ/α) (Zhang & Chen 2023; as in diffusers)", ("order",)),
+    "consistency": Sampler("a jump to the clean image in each step, then new noise (Song et al. 2023, algorithm 1)"),
     "own": Sampler("a function, `--sampler module:function`; only with `ddpm sample`"),
 }
 
@@ -71,6 +72,7 @@ GRIDS = {
     "quadratic": Grid("squares of evenly spaced numbers up to √(0.8 T), rounded down (Song et al. 2021, appendix D.2)"),
     "karras": Grid("evenly spaced (σ/α)^(1/7) (Karras et al. 2022, equation 5)", by_ratio=True),
     "log_snr": Grid("evenly spaced ln(α²/σ²) (Lu et al. 2022, DPM-Solver, section 3.3)", by_ratio=True),
+    "renoise": Grid("σ/α from 80 in equal factors towards 0.01, for `consistency`"),
     "found": Grid("optimised for the run's network (Chen et al. 2024); only with `ddpm sample`"),
 }
 
@@ -110,6 +112,10 @@ WEIGHTINGS = {
     "flow": "the error of ε − x_0; for σ ≥ 0.05 of a flow 1/σ² on that of x_0 (Li & He 2025, section 4.3)",
 }
 VARIANCES = {"fixed_small": "β̃", "fixed_large": "β", "learned_range": "between them, predicted by the network"}
+OBJECTIVES = {
+    "denoising": "the squared error of the output (Ho et al. 2020)",
+    "consistency": "a point and one with less noise lead to the same image (Song et al. 2023; Geng et al. 2024)",
+}
 DRAWS = {
     "uniform": "evenly over the process",
     "log_normal": "normal ln(σ/α): log-normal σ of `edm` (Karras et al. 2022, table 1), logit-normal σ of `flow`",
@@ -142,6 +148,7 @@ class Diffusion:
     draws: Annotated[OneOf[str, DRAWS], "training distribution of t or sigma/alpha"] = "uniform"
     draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha), with draws=log_normal"] = -1.2
     draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha), with draws=log_normal"] = 1.2
+    objective: Annotated[OneOf[str, OBJECTIVES], "consistency: learn to sample in one or two steps"] = "denoising"
     stratified: Annotated[bool, "spread the noise levels of a batch evenly over their distribution"] = False
     variance: Annotated[Literal["fixed", "learned_range"], "learned_range: predicted by the network"] = "fixed"
     self_conditioning: Annotated[bool, "half of the batches give the network its own estimate of x_0"] = False
@@ -171,8 +178,28 @@ class Diffusion:
                     "diffusion.variance=learned_range needs a table of betas, uniform draws and no offset noise: "
                     f"change diffusion.{keys[0]}"
                 )
+        if self.objective == "consistency" and (self.learns_variance or self.self_conditioning):
+            key = "variance=learned_range" if self.learns_variance else "self_conditioning=true"
+            raise ValueError(f"diffusion.objective=consistency compares estimates of the image alone: not {key}")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"diffusion.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
+
+
+STAGES = 8
+"""Stages of `diffusion.objective=consistency`."""
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """The two points of `diffusion.objective=consistency`, as in the code of Geng et al. 2024 (ECT)."""
+
+    stage_images: Annotated[Count | None, "images until the points move together; null: an eighth of the run"] = None
+    factor: Annotated[
+        float, Interval(gt=1, le=64), "factor by which their distance shrinks in each of the eight stages"
+    ] = 2.0
+    draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha) of the noisier point"] = -1.1
+    draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha)"] = 2.0
+    huber: Annotated[Positive, "c of the pseudo-Huber distance, for images in [-1, 1]"] = 0.0001
 
 
 @dataclass(frozen=True)

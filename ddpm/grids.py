@@ -12,6 +12,9 @@ from ddpm.catalogue import GRIDS
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, VariancePreserving, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
+LARGEST_RATIO, LEAST_RATIO = 80.0, 0.01
+"""σ/α at the start of the grid `renoise`, and where it would end: two steps are at 80 and 0.89. Song et al. 2023 and
+Geng et al. 2024 start at 80, and take the second step of CIFAR-10 at 0.82."""
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
 
@@ -36,6 +39,12 @@ def make_grid(process: Process, steps: int, grid: str) -> list[Point[float]]:
     computed = [name for name in GRIDS if name != "found"]
     if grid not in computed:
         raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(computed)}")
+    if grid == "renoise":
+        last = process.numbered(torch.tensor([T - 1]))
+        # Infinite where a process ends in pure noise.
+        first = (last.sigma / last.alpha).clamp(max=LARGEST_RATIO)
+        shares = torch.arange(steps, dtype=torch.float64) / steps
+        return [*points_of(process.with_ratio(first * (LEAST_RATIO / first) ** shares)), CLEAN]
     if GRIDS[grid].by_ratio:
         return [*_by_ratio(process, steps, grid), CLEAN]
     # Only a table has no points between its numbers.

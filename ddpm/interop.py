@@ -200,9 +200,12 @@ def scheduler_config(diffusion: Diffusion, options: SampleOptions) -> Options:
         NoCounterpartError: diffusers has no such process or prediction.
     """
     schedule, timesteps, prediction = diffusion.schedule, diffusion.timesteps, diffusion.prediction
+    jumps = diffusion.objective == "consistency"
     if (schedule, prediction) == ("flow", "flow"):
         # Its input of the network is σ times this number, and ours is 1000 σ.
-        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": options.shift}
+        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": options.shift} | (
+            {"stochastic_sampling": True} if jumps else {}
+        )
     if schedule == "sigmoid":
         betas = sigmoid_schedule(timesteps).betas.tolist()
         named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
@@ -216,6 +219,9 @@ def scheduler_config(diffusion: Diffusion, options: SampleOptions) -> Options:
     kind: Options = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
     if diffusion.learns_variance:
         kind = {"_class_name": "DDPMScheduler", "variance_type": diffusion.variance}
+    elif jumps:
+        # At this scale its estimate is that of the network at every timestep but 0.
+        kind = {"_class_name": _JUMPS, "timestep_scaling": 1e4, "original_inference_steps": min(50, timesteps)}
     return {
         **kind,
         "num_train_timesteps": timesteps,
@@ -241,7 +247,8 @@ def process_options(config: Mapping[str, Any]) -> Options:
         for key, value in _USUAL_FLOW.items():
             if config.get(key, value) != value:
                 raise NoCounterpartError(f"{key}={config[key]!r} has no counterpart: {value!r} alone has")
-        return {"schedule": "flow", "timesteps": 1000, "prediction": "flow"} | _NO_BETAS
+        jumps = {"objective": "consistency"} if config.get("stochastic_sampling") else {}
+        return {"schedule": "flow", "timesteps": 1000, "prediction": "flow"} | _NO_BETAS | jumps
     if not _OF_BETAS.fullmatch(kind):
         raise NoCounterpartError(f"{kind} has no counterpart: schedulers of betas have, such as DDPMScheduler")
     for key, value in _USUAL.items():
@@ -276,14 +283,18 @@ def process_options(config: Mapping[str, Any]) -> Options:
         "prediction": predictions[predicted],
         "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
         "variance": variance,
-    }
+    } | ({"objective": "consistency"} if kind == _JUMPS else {})
 
 
 def sample_options(config: Mapping[str, Any]) -> Options:
     """Returns the settings of sampling in a `scheduler_config.json` of diffusers: `clip`, and a DDPM's `variance`."""
     if config.get("_class_name") == _FLOW:
-        return {"clip": False, "shift": float(config.get("shift", 1.0))}
+        return {"clip": False, "shift": float(config.get("shift", 1.0))} | (
+            _IN_FEW_STEPS if config.get("stochastic_sampling") else {}
+        )
     found: Options = {"clip": bool(config.get("clip_sample", True))}
+    if config.get("_class_name") == _JUMPS:
+        found |= _IN_FEW_STEPS
     if (variance := config.get("variance_type", "fixed_small")) in ("fixed_small", "fixed_large"):
         found["variance"] = variance
     return found
@@ -296,13 +307,14 @@ def with_null_class(embeddings: Tensor) -> Tensor:
 
 _OF_BETAS = re.compile(
     "(DDPM(Parallel)?|DDIM(Parallel|Inverse)?|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?"
-    "Discrete|DPMSolver(Multistep|MultistepInverse|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver)Scheduler"
+    "Discrete|DPMSolver(Multistep|MultistepInverse|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver|LCM)Scheduler"
 )
 """Schedulers of diffusers whose process is a table of betas; the others have keys of the same names."""
-_FLOW = "FlowMatchEulerDiscreteScheduler"
+_FLOW, _JUMPS = "FlowMatchEulerDiscreteScheduler", "LCMScheduler"
+_IN_FEW_STEPS: Options = {"sampler": "consistency", "grid": "renoise", "steps": 2}
 _USUAL_FLOW: Options = {
     **dict.fromkeys(("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
-    **{"invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None, "num_train_timesteps": 1000},
+    **{"invert_sigmas": False, "shift_terminal": None, "num_train_timesteps": 1000},
 }
 """Values of a rectified flow's scheduler that alone have a counterpart."""
 _NO_BETAS: Options = {"zero_terminal_snr": False, "variance": "fixed"}

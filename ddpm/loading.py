@@ -82,12 +82,13 @@ def load(
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
     device = torch.device(device or best_device())
+    steps: dict[str, Any] = {"steps": min(SampleOptions.steps, diffusion.timesteps)}
     return Model(
         network=unet.to(device).eval().requires_grad_(False),
         process=process,
         prediction=Prediction(diffusion.prediction),
         image_shape=shape,
-        sampling=Sampling(steps=min(SampleOptions.steps, diffusion.timesteps), **interop.sample_options(scheduler)),
+        sampling=Sampling(**steps | interop.sample_options(scheduler)),
         classes=classes,
         null_class=len(classes) < labels,
         diffusion=diffusion,

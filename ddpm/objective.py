@@ -59,10 +59,13 @@ class Drawn(NamedTuple):
     """Weight of the squared error of the output."""
     quartile: Tensor
     """0 for the quarter of the draws with the least noise, 3 for that with the most."""
-    on_x_start: Tensor | None = None
-    """The fields from here on are a `Posterior`, if the variance is learnt."""
-    log_small: Tensor | None = None
-    log_large: Tensor | None = None
+    further: Tensor | None = None
+    """Float32 [3, B], a `Posterior`, if the variance is learnt; [4, B], the other points, of `ddpm.consistency`."""
+
+    @classmethod
+    def of(cls, table: Tensor) -> "Drawn":
+        """Returns the rows of `Objective.draw`."""
+        return cls(*table[:6])._replace(further=table[6:])
 
 
 class Posterior(NamedTuple, Generic[Number]):
@@ -117,7 +120,7 @@ class Objective:
             batch_size_images: size of the global batch, which starts at a multiple of it.
 
         Returns:
-            float32 [6 or 9, B] on the host, for `Drawn`: one table, so that one copy to the device suffices.
+            float32 [6 or more, B] on the host, for `Drawn.of`: one table, so that one copy to the device suffices.
         """
         diffusion, u = self.diffusion, randomness.training_uniforms(seed, image_numbers)
         if diffusion.stratified:
@@ -169,7 +172,8 @@ class Objective:
         if not self.diffusion.learns_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)
-        posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
+        assert drawn.further is not None
+        posterior = Posterior(*drawn.further.view(3, -1, 1, 1, 1))
         bound = _bound(posterior, drawn.t == 0, x_start, estimate, (share + 1) / 2)
         return losses + BOUND_WEIGHT * self.process.num_timesteps * bound
 

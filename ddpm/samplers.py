@@ -158,6 +158,19 @@ def heun(
     return x
 
 
+def consistency(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): x_0 at once, then with new noise x_s.
+
+    See `ddim` for the arguments; the network is one that `ddpm.consistency` trained.
+    """
+    draws = count(1)
+    for point, after in pairwise(points):
+        x = after.alpha * denoise(x, point)
+        if after.sigma:
+            x = x + after.sigma * noise_at(next(draws))
+    return x
+
+
 def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Points, noise_at: NoiseAt) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), without noise; see `ddim`."""
     return _multistep(denoise, x, points, exponential_step, 2)
@@ -311,6 +324,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "unipc": unipc,
     "ipndm": ipndm,
     "deis": deis,
+    "consistency": consistency,
 }
 """The samplers of the catalogue, as functions whose further arguments are their options."""
 

@@ -117,7 +117,7 @@ class MicroBatch:
         noise = randomness.training_noise(seed, self.numbers, shape, x_start.device, diffusion.offset_noise)
         no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
         condition = Condition(self.labels, no_estimate, applied)
-        drawn, twice = Drawn(*self.points), self.conditions_on_itself
+        drawn, twice = Drawn.of(self.points), self.conditions_on_itself
         return objective.losses(network, x_start, noise, drawn, condition, conditions_on_itself=twice)
 
 
@@ -256,7 +256,7 @@ def train(
         rate = learning_rate_at(options, state.images_seen)
         state.images_seen += options.batch_size
         if state.loss_scale is None or state.loss_scale.takes_step(norm):
-            state.log.add(torch.cat(losses), Drawn(*drawn.points).quartile)
+            state.log.add(torch.cat(losses), Drawn.of(drawn.points).quartile)
             state.optimizer.step(rate, threads)
             for name, profile in settings.averages.items():
                 decay = profile.decay_at(state.images_seen, options.batch_size)

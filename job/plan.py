@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm import catalogue
 from ddpm.catalogue import EDM2Config, UNetConfig, levels_with_attention
 from job.config import EMBEDDED, RunConfig, Start, changed_for_attempt, draft, layered, preset_names
 from job.config.schema import image_size
@@ -205,6 +206,8 @@ def plan_run(
         of_start = start.set if start else {"data.flip": False}
         config = draft(start.preset if start else EMBEDDED, request.defaults | request.changes, of_start)
     config = follow_dataset(config, index)
+    if stored is None and config.diffusion.objective == "consistency":
+        config = config.updated({**_in_few_steps(config, index), **request.changes})
     if suited:
         before, now = stored.flat() if stored else {}, config.flat()
         suits = {key: value for key, value in suited(config.train.batch_size).items() if now[key] in _OPEN}
@@ -229,6 +232,13 @@ def plan_run(
         held_out=held_out,
         start=start,
     )
+
+
+def _in_few_steps(config: RunConfig, index: DatasetIndex) -> dict[str, Any]:
+    """Returns the settings of a new run that learns to sample in few steps: those of its parent are for many."""
+    images = images_at_epoch(config.train.epochs, index.images, config.train.batch_size)
+    sampling = {"sample.sampler": "consistency", "sample.grid": "renoise", "sample.steps": 2}
+    return sampling | {"consistency.stage_images": max(1, images // catalogue.STAGES)}
 
 
 def check_sampling(config: RunConfig) -> None:

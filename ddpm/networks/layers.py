@@ -78,6 +78,12 @@ def dropout_of(seed: int, first_image_number: int) -> Iterator[None]:
         _images.key = None
 
 
+def repeat_dropout() -> None:
+    """Lets a second pass within `dropout_of` draw the masks of the first; on a CPU each pass does so by itself."""
+    if torch.cuda.is_initialized() and (key := getattr(_images, "key", None)):
+        torch.cuda.manual_seed(randomness.dropout_seed(*key))
+
+
 def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
     """Initialises weights as Ho et al., uniform of variance 2 gain²/(fan-in + fan-out), or with zeros."""
     if zero:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
+from ddpm.consistency import ConsistencyObjective
 from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction, Profile
 from ddpm.model import Sampling
 from ddpm.networks import memory_format_of
@@ -109,7 +110,10 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training loss."""
-    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample)
+    parts = process_of(config), prediction_of(config), config.diffusion, config.sample
+    if config.diffusion.objective == "consistency":
+        return ConsistencyObjective(*parts, config.consistency)
+    return Objective(*parts)
 
 
 def settings_of(config: RunConfig) -> training.LoopSettings:

@@ -176,6 +176,10 @@ class DiffusionConfig(ConfigSection, catalogue.Diffusion):
     """The process, the network's output, and the weight of each noise level."""
 
 
+class ConsistencyConfig(ConfigSection, catalogue.Consistency):
+    """The two points of `diffusion.objective=consistency`."""
+
+
 class TrainConfig(ConfigSection, catalogue.Train):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
@@ -336,6 +340,7 @@ class RunConfig(ConfigSection):
     model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
     network: Annotated[dict[str, Any], "settings of a network of yours: --set network.width=96"] = {}
     diffusion: DiffusionConfig = DiffusionConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -24,7 +24,7 @@ from ddpm.memory import Fitting
 from ddpm.model import Sampling
 from ddpm.objective import Condition, Drawn, spread_over_steps
 from ddpm.state import LossLog, loss_row
-from job.config import method
+from job.config import RunConfig, method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
 from job.coordination.sealed import code_version, utc_now
 from job.data.reading.cache import ImageCache, open_cache
@@ -169,10 +169,15 @@ def features_of(extract: ExtractorFunction, images: np.ndarray, device: torch.de
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
+def has_bound(config: RunConfig) -> bool:
+    """Returns whether a bound on the likelihood means something: the ends of trajectories are no estimates of x_0."""
+    return not config.diffusion.offset_noise and config.diffusion.objective == "denoising"
+
+
 def _bits_per_dim(plan: EvaluatePlan, painter: Painter) -> tuple[float | None, int]:
     """Returns the bound on held-out images, else on training images, and the number of images. Collective."""
     config, index = plan.sampling.config, plan.index
-    if config.diffusion.offset_noise or index.encoding:
+    if not has_bound(config) or index.encoding:
         return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
@@ -335,13 +340,13 @@ def validation_row(painter: Painter, images: ImageCache, latents: Latents | None
     points = spread.draw(SEED, strata, count)
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, count))
     log, bits = LossLog(painter.device), LossLog(painter.device)
-    is_bounded = not (config.diffusion.offset_noise or latents)
+    is_bounded = has_bound(config) and not latents
     of_ranks = painter.shared_out(count, config.sample.batch_size)
 
     @torch.inference_mode()
     def losses_of(places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         x_start, noise, condition = _noised(places, images, numbers[places], painter, latents)
-        drawn, predict = Drawn(*points[:, places].to(painter.device)), painter.predict
+        drawn, predict = Drawn.of(points[:, places].to(painter.device)), painter.predict
         losses, bound = objective.losses(predict, x_start, noise, drawn, condition), None
         if is_bounded:
             at = steps[places], stands_for[places]

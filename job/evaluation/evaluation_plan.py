@@ -235,6 +235,8 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         )
     if "bpd" in chosen and offset_noise:
         raise BadRequestError("--metrics bpd: the bound needs independent noise, and diffusion.offset_noise is set")
+    if "bpd" in chosen and sampling.config.diffusion.objective == "consistency":
+        raise BadRequestError("--metrics bpd: the bound needs diffusion.objective=denoising, and this run learns jumps")
     if "bpd" in chosen and sampling.index and sampling.index.encoding:
         raise BadRequestError(f"--metrics bpd: the bound needs pixels, and {sampling.index.name} holds latents")
     return EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references), count)

@@ -63,7 +63,10 @@ _QUARTERS = {
     "3rd": "with more still",
     "4th": "those with the most",
 }
-_NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
+_NO_SCORES = (
+    *("images_seen", "epoch", "time", "stage"),
+    *("learning_rate", "ema_decay", "images_per_second", "memory_bytes"),
+)
 _LABEL = "LABEL"
 """A label in the patterns of `_in_order`."""
 
@@ -312,6 +315,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     chart("speed", "Images per second", [("images_per_second", "images/s", "loss", "")])
     if facts.median_images_per_second is not None:
         charts[-1]["summary"] += f"; median {facts.median_images_per_second:.4g}"
+    chart("stage", "Stage", [("stage", "of the two points", "loss", "")], log=False)
     chart("rate", "Learning rate", [("learning_rate", "learning rate", "loss", "")], log=False)
     chart("memory", "Memory (GB)", [("memory_bytes", "of the main process", "loss", "")], divisor=1e9)
     return charts

@@ -15,6 +15,7 @@ from functools import partial
 from torch import nn
 
 from ddpm import training
+from ddpm.consistency import stage_at
 from ddpm.optimizer import learning_rate_at
 from ddpm.precision import autocast
 from ddpm.state import TrainState, loss_row
@@ -463,10 +464,12 @@ class TrainingSession(Loop):
         self.state.log.sums.zero_()
         average = self.settings.averages["ema"]
         rate = self.pace.images_per_second(images_seen)
+        tuning = self.config.consistency if self.config.diffusion.objective == "consistency" else None
         if self.recorder is not None:
             self.recorder.add_row(
                 {
                     **losses,
+                    **({"stage": 1 + stage_at(tuning, images_seen - self.batch_size)} if tuning else {}),
                     **({"loss_scale": scale.values[0].item()} if (scale := self.state.loss_scale) else {}),
                     "learning_rate": learning_rate_at(self.settings.train, images_seen - self.batch_size),
                     "ema_decay": average.decay_at(images_seen, self.batch_size),

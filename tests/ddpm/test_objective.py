@@ -72,7 +72,7 @@ def published_signal(schedule: str, t: Tensor) -> Tensor:
 def test_loss_is_the_weighted_error(schedule: str, prediction: str, weighting: str) -> None:
     """In float32, also of an output in bfloat16."""
     learnt, (condition, twice) = objective(schedule, prediction, weighting), given(weighting)
-    drawn = Drawn(*learnt.draw(3, NUMBERS, 6))
+    drawn = Drawn.of(learnt.draw(3, NUMBERS, 6))
     alpha = published_signal(schedule, drawn.t.double())
     sigma = {"edm": (4 * drawn.t.double()).exp(), "flow": 1 - alpha}.get(schedule, (1 - alpha**2).sqrt())
     torch.testing.assert_close(drawn.weight, learnt.weights(Point(drawn.t, alpha, sigma)).float(), rtol=1e-5, atol=0)
@@ -164,7 +164,7 @@ def test_draws_follow_their_distributions() -> None:
         (LINEAR, log_normal(0, 0.5), lambda d: torch.special.ndtr((d.sigma / d.alpha).log() / 0.5)),
         (LINEAR, Diffusion(), lambda d: (d.t + 0.5) / 1000),
     ):
-        drawn = Drawn(*Objective(process, Prediction("v"), draws).draw(1, torch.arange(count), 128))
+        drawn = Drawn.of(Objective(process, Prediction("v"), draws).draw(1, torch.arange(count), 128))
         quantiles, even = quantile_of(drawn), (torch.arange(count) + 0.5) / count
         # Kolmogorov and Smirnov's bound for one draw in 1,500.
         assert (quantiles.sort().values - even).abs().max() < 2 / count**0.5, draws
@@ -189,7 +189,7 @@ def test_losses_never_wait_for_the_device() -> None:
     """On the meta device any look at a value raises."""
     images = torch.empty(6, 3, 8, 8, device="meta")
     for learnt, parts in ((objective("cosine", "v", "min_snr"), 1), (objective("linear", "v", "snr with variance"), 2)):
-        drawn = Drawn(*learnt.draw(0, NUMBERS, 6).to("meta"))
+        drawn = Drawn.of(learnt.draw(0, NUMBERS, 6).to("meta"))
         asked = (images, images, drawn, given("")[0], True)
         losses = learnt.losses(lambda x, t, condition, parts=parts: torch.cat([x] * parts, 1), *asked)
         assert losses.shape == (6,)
@@ -260,7 +260,7 @@ def test_hybrid_loss_is_the_published_one(schedule: VariancePreserving) -> None:
     """The bound teaches the variance alone."""
     published, numbers = Published(schedule.betas), (0, 1, 400, 999)
     learnt = Objective(schedule, Prediction("v"), Diffusion(variance="learned_range", stratified=True))
-    drawn = Drawn(*learnt.draw(0, torch.tensor(numbers), 1000))
+    drawn = Drawn.of(learnt.draw(0, torch.tensor(numbers), 1000))
     assert drawn.t.tolist() == [*numbers]
     noise, x_0 = normal(1, IMAGES.shape, torch.float32), IMAGES.double()
     answer = (0.5 * normal(2, (4, 6, 8, 8), torch.float32)).requires_grad_()

@@ -122,6 +122,8 @@ def test_stopped_exports_leave_nothing(bucket, tmp_path, monkeypatch):
         ("classes", {}, 5, {"steps": 5}),
         # The four points of diffusers' flow.
         ("flowing", {**FLOW, "sample__clip": "false"}, 4, {"sampler": "euler", "numbers": (999, 666, 333, 0)}),
+        ("jumps", {"diffusion__objective": "consistency"}, 1, {"sampler": "consistency", "numbers": (49,)}),
+        ("flows", {**FLOW, "diffusion__objective": "consistency"}, 1, {"sampler": "consistency", "numbers": (999,)}),
         # Its steps draw noise of their own.
         ("varied", {"diffusion__variance": "learned_range"}, 5, None),
     ],
@@ -149,7 +151,9 @@ def test_exports_with_classes_bring_their_pipeline(bucket, tmp_path, monkeypatch
     assert theirs.shape == noise.shape
     if how is not None:
         model, condition = ddpm.load(out), Condition(torch.tensor(labels))
-        denoise = make_denoiser(model.network, model.process, model.prediction, condition, clip=run == "classes")
+        denoise = make_denoiser(
+            model.network, model.process, model.prediction, condition, clip=run in ("classes", "jumps")
+        )
         ours = generate(denoise, model.process, replace(model.sampling, **how), lambda step: noise) / 2 + 0.5
         assert (theirs - ours.clamp(0, 1)).abs().max() < 2e-6
 
