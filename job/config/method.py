@@ -109,7 +109,8 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training loss."""
-    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample)
+    levels = 2**config.data.bits
+    return Objective(process_of(config), prediction_of(config), config.diffusion, config.sample, levels)
 
 
 def settings_of(config: RunConfig) -> training.LoopSettings:

@@ -30,7 +30,8 @@ from typing import Any
 from job.coordination.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
 from job.data import shards
 from job.data.checks import preview_png
-from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
+from job.data.codecs import codec_versions, encode, kind_of
+from job.data.images import RejectedImageError, UndecidedImageError, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
 from job.data.source import chosen_source
 from job.data.source.archives import Sample, find_tars
@@ -45,7 +46,7 @@ from job.store.files import os_errors, scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
-_PIXELS = "size", "channels", "crop", "resize_filter", "pixel_range"
+_PIXELS = "size", "channels", "bits", "crop", "resize_filter", "pixel_range"
 """Fields of a recipe, an index and a request that decide the pixels of packed images."""
 
 
@@ -305,7 +306,9 @@ class _Packing(Packing):
                 raise UndecidedImageError(
                     f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
                 )
-            return sample, b"" if self._request.tars else encode_png(pixels), converted, ""
+            if converted["8-bit"] and not self._request.bits:
+                raise UndecidedImageError(f"has 8 bits, and the first {FIRST_IMAGES} have more: add --bits 16, or 8")
+            return sample, b"" if self._request.tars else encode(pixels), converted, ""
         except UndecidedImageError as error:
             raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
@@ -323,13 +326,13 @@ class _Packing(Packing):
         window = _IMAGES_PER_THREAD * (threads := os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as workers:
             checks = in_order(workers, self._check, samples, window, self._check_stop)
-            for sample, png, converted, reason in checks:
+            for sample, content, converted, reason in checks:
                 facts["converted"].update(converted)
                 if reason:
                     facts["rejects"].append({"name": sample.name, "reason": reason})
                     self._rejects += facts["rejects"][-1:]
                     self._check_rejects()
-                yield sample, None if reason else png
+                yield sample, None if reason else content
 
     def _first_rejects(self) -> str:
         more = len(self._rejects) - _NAMED_REJECTS
@@ -338,7 +341,7 @@ class _Packing(Packing):
 
 
 class _Copying(_Packing):
-    """Images are decoded, prepared and written into shards as PNG; a piece is so many images of the source."""
+    """Images are decoded, prepared and written into shards; a piece is so many images of the source."""
 
     def _survey(self) -> dict[str, Any]:
         request = self._request
@@ -369,7 +372,7 @@ class _Copying(_Packing):
             "skipped": skipped,
         }
         self._members, self._next = self._chosen(), 0
-        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels
+        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels * self.recipe.dtype.itemsize
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
         self.sizes = [min(self._shard_images, images - first) for first in range(0, images, self._shard_images)]
         return {
@@ -394,11 +397,12 @@ class _Copying(_Packing):
         facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
-        for image, (sample, png) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
-            if png is not None:
+        kind = kind_of(self.recipe.channels)
+        for image, (sample, content) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
+            if content is not None:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
-                    writer.add(f"{image:09d}", png, sample.label)
+                    writer.add(f"{image:09d}", content, sample.label, kind)
             read += 1
             advance(1)
         if read < len(numbers):
@@ -451,8 +455,8 @@ class _InPlace(_Packing):
         tar, digests = self._tars[number], shards.Digests()
         facts: dict[str, Any] = {"shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
-        for sample, png in self._checked(tar.samples(digests, self._label_key), facts):
-            if png is not None:
+        for sample, content in self._checked(tar.samples(digests, self._label_key), facts):
+            if content is not None:
                 if sample.label < 0:
                     unlabelled.append(sample.name)
                 records.append((sample.offset, len(sample.content), sample.label, shards.image_hash(sample.content)))

@@ -1,7 +1,8 @@
 """The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index.
 
     BUCKET/datasets/NAME-SIZE/index.json            written last, once: the dataset exists when the index does
-                              shard-00000.tar       key.png (of latents key.npy) and, with classes, key.cls
+                              shard-00000.tar       key.png (else key.npy, of latents, and of other than 1 or 3
+                                                    channels) and, with classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
                               rejects.jsonl         the images that were left out, if any
                               preview.png           some images, by class: for people
@@ -25,7 +26,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -248,13 +249,14 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
+    bits: Literal[8, 16] = Field(default=8, description="of a value of images")
     encoding: Encoding | None = Field(default=None, description="of latents: mean and log-variance as float16")
     classes: tuple[str, ...] = ()
     classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
     splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
     crop: str
     resize_filter: str
-    pixel_range: str = Field(default="", description="LOW,HIGH: what integers of more than 8 bits became 0 and 255")
+    pixel_range: str = Field(default="", description="LOW,HIGH: black and white in integers of more than 8 bits")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
     listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
@@ -287,14 +289,38 @@ class DatasetIndex(Sealed):
         return int(self.shards.images.sum())
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Returns the type of a value of `image_shape`: uint8 or uint16; of latents float16."""
+        return np.dtype("<f2" if self.encoding else "<u2" if self.bits == 16 else "u1")
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Returns the shape of a decoded image in bytes; latents have two moments per channel, of two bytes each."""
-        return *self.size.shape, self.channels * (4 if self.encoding else 1)
+        """Returns height, width and channels of a decoded image; latents have two moments per channel."""
+        return *self.size.shape, self.channels * (2 if self.encoding else 1)
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """Returns the shape of a decoded image in bytes."""
+        return *self.size.shape, self.image_shape[2] * self.dtype.itemsize
 
     @property
     def decoded_bytes(self) -> int:
         """Returns the size of all decoded images."""
-        return self.images * math.prod(self.image_shape)
+        return self.images * math.prod(self.row_shape)
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Returns the values in the source that are black and white, which images of 16 bits get back."""
+        low, _, high = self.pixel_range.partition(",")
+        return (int(low), int(high)) if self.bits == 16 else (0, 255)
+
+    def how_shown(self, channels: Sequence[int] = ()) -> str:
+        """Returns the window in which 8 bits show 16, and the channels that are shown, if others than one or three."""
+        words = ["{:,} to {:,} as black to white".format(*self.levels)] if self.bits == 16 else []
+        if channels or (self.channels not in (1, 3) and not self.encoding):
+            named = channels or range(1, 4 if self.channels > 2 else 2)
+            words.append(f"channel{'s' * (len(named) > 1)} {' '.join(map(str, named))}")
+        return ", ".join(words)
 
     def remarks(self, *, with_classes: bool) -> list[str]:
         """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
@@ -310,8 +336,10 @@ class DatasetIndex(Sealed):
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:
-        if not self.encoding and self.channels > 3:
-            raise ValueError("images have 1 to 3 channels")
+        if not self.encoding and self.channels > 16:
+            raise ValueError("images have 1 to 16 channels")
+        if self.bits == 16 and not re.fullmatch(r"-?\d{1,10},-?\d{1,10}", self.pixel_range):
+            raise ValueError("images of 16 bits have a range")
         if self.encoding and {len(self.encoding.mean), len(self.encoding.std)} != {self.channels}:
             raise ValueError("latents have a mean and a deviation for each channel")
         return self
@@ -327,6 +355,8 @@ class DatasetIndex(Sealed):
             content |= {"crop": self.crop, "resize_filter": self.resize_filter}
         if self.pixel_range:
             content |= {"pixel_range": self.pixel_range}
+        if self.bits != 8:
+            content |= {"bits": self.bits}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,14 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice, repeat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
+from job.data.codecs import codec_versions, decode
+from job.data.images import Recipe, RejectedImageError, prepare
 from job.data.reading.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
@@ -118,10 +119,12 @@ class ImageCache:
             with self._tables_path.open("ab") as file:
                 file.truncate(index.images * OFFSETS_DTYPE.itemsize)
             self._tables = np.asarray(np.memmap(self._tables_path, OFFSETS_DTYPE, "r"))
-        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
+        self._recipe, how = None, {"channels": index.channels, "bits": index.bits, "min_side": 1}
+        if with_pillow:
+            packed_range = "0,65535" if index.bits == 16 else ""
+            self._recipe = Recipe(index.size, "center", "box", pixel_range=packed_range, **how)
         if index.is_foreign:
-            how = index.size, index.crop, index.resize_filter, index.channels
-            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
+            self._recipe = Recipe(index.size, index.crop, index.resize_filter, pixel_range=index.pixel_range, **how)
             if index.codecs != (here := codec_versions()):
                 said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
                 logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
@@ -129,28 +132,31 @@ class ImageCache:
         self._decoders = ThreadPoolExecutor(self._threads, "decode")
         self._fetchers = ThreadPoolExecutor(_DOWNLOADS, "fetch")
 
-    def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
+    def read(self, indices: Int64s, out: Uint8s | None = None) -> npt.NDArray[Any]:
+        """Returns images `indices`, uint8 or uint16 [b, H, W, C], or mean and log-variance of latents, float16.
+
+        It is fastest into the bytes of a reused `out`, uint8 [b, *`row_shape`].
 
         Raises:
             BadDataError: an image differs from the index, is damaged, or has another size.
             StoppedError: this process has to stop.
         """
         if out is None:
-            out = np.empty((len(indices), *self.index.image_shape), np.uint8)
+            out = np.empty((len(indices), *self.index.row_shape), np.uint8)
         self._read(indices, out)
-        return out
+        return out.view(self.index.dtype)
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
         """Reads images and decodes them, a few at a time in each thread."""
         shards = self.shards_of(indices)
         rows, records = (indices - self.starts[shards]).tolist(), self.records(indices).tolist()
+        values = out.view(self.index.dtype)
 
         def read_some(places: list[int]) -> None:
             shard = int(shards[places[0]])
             with self.open_shard(shard) as file:
                 for place in places:
-                    out[place] = self.read_image(shard, rows[place], records[place], file)
+                    values[place] = self.read_image(shard, rows[place], records[place], file)
 
         def parts() -> Iterator[list[int]]:
             for shard in np.unique(shards):
@@ -159,7 +165,7 @@ class ImageCache:
 
         deque(in_order(self._decoders, read_some, parts(), 2 * self._threads, self._check), maxlen=0)
 
-    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
+    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> npt.NDArray[Any]:
         """Returns image `row` of a shard from its place `record` in `file`; raises as `read`."""
         offset, size_bytes, _, sha256 = record
         file.seek(offset)
@@ -168,8 +174,10 @@ class ImageCache:
             if image_hash(encoded) == sha256:
                 if self._recipe is not None:
                     return prepare(encoded, self._recipe)
-                decoder = decode_latents if self.index.encoding else decode
-                return decoder(encoded, self.index.channels, self.index.size)
+                found = decode(encoded, self.index.image_shape, self.index.dtype)
+                if self.index.encoding is None or np.isfinite(found).all():
+                    return found
+                problem = "its latents are not finite"
         except RejectedImageError as error:
             problem = f"it {error}"
         except BadDataError as error:
@@ -297,7 +305,7 @@ class ImageCache:
 
 
 class DecodedCache(ImageCache):
-    """All images as one memory-mapped array [N, H, W, C] in `images`, filled shard by shard.
+    """All images as one memory-mapped array of bytes in `images`, filled shard by shard.
 
     `checksums` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is decoded. After a kill or a power
     failure the checksums identify the images to decode again. Each image is also compared when it is read, which takes
@@ -341,7 +349,7 @@ class DecodedCache(ImageCache):
 
     def _missing(self) -> list[int]:
         """Maps the files, and returns the shards whose images are missing or damaged."""
-        shards, shape = range(len(self.index.shards)), (self.index.images, *self.index.image_shape)
+        shards, shape = range(len(self.index.shards)), (self.index.images, *self.index.row_shape)
         try:
             with os_errors(self._images_path), self._images_path.open("rb") as file:
                 self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)

@@ -149,7 +149,7 @@ class Images(Protocol):
     index: DatasetIndex
 
     def read(self, indices: Int64s, out: npt.NDArray[np.uint8]) -> object:
-        """Reads images `indices` into `out`, uint8 [b, H, W, C]."""
+        """Reads images `indices` into `out`, uint8 [b, *`DatasetIndex.row_shape`]."""
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns their classes, int64 [b]."""
@@ -163,7 +163,7 @@ class LoadedBatch(NamedTuple):
 
     Attributes:
         image_numbers: int64 [b].
-        images: uint8 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
+        images: uint8 or uint16 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
     """
 
@@ -208,9 +208,9 @@ def stream_batches(
         own = range(batch_size_images) if places is None else places
         for first, indices, numbers in _parts(order, batch_size_images, first_image, last_image, own):
             images.prefetch(order, first)
-            batch = torch.empty((len(indices), *images.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+            batch = torch.empty((len(indices), *images.index.row_shape), dtype=torch.uint8, pin_memory=pin_memory)
             images.read(indices, out=batch.numpy())
-            batch = batch.view(torch.float16) if images.index.encoding else batch
+            batch = batch.view(getattr(torch, images.index.dtype.name))
             labels = torch.from_numpy(images.labels(indices)) if with_labels and images.index.classes else None
             if labels is not None and pin_memory:
                 labels = labels.pin_memory()
