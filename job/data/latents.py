@@ -42,7 +42,10 @@ from job.store.files import default_cache_dir, os_errors, scratch_folder
 ENCODED_IMAGES = 16
 """Images per batch."""
 CONFIG, WEIGHTS = shards.AUTOENCODER
-_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "hold_out"}
+_KEPT = {
+    *("classes", "crop", "resize_filter", "licence", "source", "hold_out"),
+    *("vector_names", "vector_mean", "vector_std"),
+}
 """The fields that the index of latents takes from that of the images."""
 
 Decoder = Callable[[Tensor], Tensor]
@@ -217,9 +220,10 @@ class _Encoding(Packing):
             self._stop.check(f"while {self.title}", "the same command goes on behind the last shard")
             some = np.arange(start, min(start + ENCODED_IMAGES, last))
             moments = self._moments(some)
-            labels = self._images.labels(some).tolist()
-            for image, one, label in zip(some.tolist(), moments, labels, strict=True):
-                writer.add(f"{image:09d}", encode(one.transpose(1, 2, 0)), label, "npy")
+            labels, vectors = self._images.labels(some).tolist(), self._images.numbers(some).tolist()
+            for image, one, label, vector in zip(some.tolist(), moments, labels, vectors, strict=True):
+                numbers = dict(zip(self._source.vector_names, vector, strict=True))
+                writer.add(f"{image:09d}", encode(one.transpose(1, 2, 0)), label, "npy", numbers)
             mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
             sums += mean.sum(axis=(0, 2, 3))
             squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))

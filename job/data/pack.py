@@ -33,11 +33,11 @@ from job.data.checks import preview_png
 from job.data.codecs import codec_versions, encode, kind_of
 from job.data.images import RejectedImageError, UndecidedImageError, prepare
 from job.data.pack_request import FIRST_IMAGES, PackRequest
-from job.data.source import chosen_source
+from job.data.source import chosen_source, numbered
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
 from job.data.source.members import Member, split_in
-from job.data.source.survey import lacking_labels, no_images, survey
+from job.data.source.survey import Vectors, lacking_labels, no_images, survey, vectors_in
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import some_of
 from job.stop import NEVER, Stop, in_order
@@ -343,6 +343,8 @@ class _Packing(Packing):
 class _Copying(_Packing):
     """Images are decoded, prepared and written into shards; a piece is so many images of the source."""
 
+    _vectors = Vectors()
+
     def _survey(self) -> dict[str, Any]:
         request = self._request
         source = chosen_source(request, self._bucket, self._check_stop)
@@ -356,6 +358,10 @@ class _Copying(_Packing):
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share
+        if request.vector:
+            columns = numbered(request, source, self._bucket)
+            self._vectors = vectors_in(columns, self._found, self._check_stop)
+        listing_sha256 = self._vectors.sha256 or self._found.sha256
         if not (images := sum(1 for _ in self._chosen()) if share else self._found.images):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
@@ -364,15 +370,18 @@ class _Copying(_Packing):
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
         self.of_index = {
             "source": source.name,
-            "listing_sha256": self._found.sha256,
+            "listing_sha256": listing_sha256,
             "classes": self._found.classes,
             "classes_from": self._found.classes_from,
             "splits": self._found.splits,
             "unlabelled_images": self._found.unlabelled_images,
             "skipped": skipped,
+            "vector_names": self._vectors.names,
+            "vector_mean": self._vectors.mean,
+            "vector_std": self._vectors.std,
         }
         self._members, self._next = self._chosen(), 0
-        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels * self.recipe.dtype.itemsize
+        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels * self.recipe.bits // 8
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
         self.sizes = [min(self._shard_images, images - first) for first in range(0, images, self._shard_images)]
         return {
@@ -380,15 +389,15 @@ class _Copying(_Packing):
             "classes": self._found.classes,
             "classes_from": self._found.classes_from,
             "part": (share, request.is_held_out),
-            "images": self._found.sha256,
+            "images": listing_sha256,
         }
 
-    def _chosen(self) -> Iterator[tuple[Member, int]]:
-        """Yields the images of this part of the source with their classes, -1 without."""
+    def _chosen(self) -> Iterator[tuple[Member, int, int]]:
+        """Yields the images of this part of the source with their classes, -1 without, and numbers in the source."""
         for number, member in enumerate(self._source.images()):
             label = self._found.label(number)
             if label is not None and self._request.takes(member.name):
-                yield member, label
+                yield member, label, number
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes a shard; see `_Packing`."""
@@ -402,7 +411,7 @@ class _Copying(_Packing):
             if content is not None:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
-                    writer.add(f"{image:09d}", content, sample.label, kind)
+                    writer.add(f"{image:09d}", content, sample.label, kind, sample.numbers)
             read += 1
             advance(1)
         if read < len(numbers):
@@ -420,9 +429,9 @@ class _Copying(_Packing):
         chosen = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
         self._next = numbers.stop
         members, labelled = tee(chosen)
-        loaded = self._source.loaded(member for member, _ in members)
-        for (name, content), (_, label) in zip(loaded, labelled, strict=False):
-            yield Sample(name, content, label)
+        loaded = self._source.loaded(member for member, *_ in members)
+        for (name, content), (_, label, number) in zip(loaded, labelled, strict=False):
+            yield Sample(name, content, label, numbers=self._vectors.of(number))
 
 
 class _InPlace(_Packing):
@@ -470,7 +479,7 @@ class _InPlace(_Packing):
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
-        facts |= {"shard": shard.model_dump(), "highest_label": max(label for _, _, label, _ in records)}
+        facts |= {"shard": shard.model_dump(), "highest_label": max(record[2] for record in records)}
         return Made({shard.offsets_name: offsets}, facts)
 
     def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:

@@ -76,6 +76,11 @@ class PackRequest(JobOptions):
         "--labels FILE[:COLUMN]",
         "Table of labels by file name (.csv, .jsonl, .json, .txt); :COLUMN alone: a label of SOURCE.",
     )
+    vector: str = option(
+        "--vector FILE:COLUMNS",
+        "Numbers of each image, as a condition: columns of a table by file name, such as t.csv:age,angle; :COLUMNS "
+        "alone: of SOURCE.",
+    )
     licence: str = option("--licence TEXT", "Licence of the images, kept as a note.")
     max_bad: int = option("--max-bad N", "Give up after N unreadable images.", 100, min=0)
     min_side: int | None = option(
@@ -228,7 +233,7 @@ class EnsureRequest(PackRequest):
 
     command = ("data", "ensure")
     option_names: ClassVar = (
-        "name source size channels bits pixel_range classes labels split unlabelled replaces on targets bucket"
+        "name source size channels bits pixel_range classes labels vector split unlabelled replaces on targets bucket"
     )
     source: str = option("--source SOURCE", "Images to pack if the dataset is missing, or to compare.")
     on: str = option("--on TARGET", "Target whose bucket to use.")

@@ -23,7 +23,7 @@ import math
 import re
 import shlex
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -51,8 +51,8 @@ SHARD_PIXEL_BYTES = 96 << 20
 """Pixels of the images of a shard, which make about 64 MB of PNG."""
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("sha256", "V16")])
 """The place of an image's encoded bytes in its tar, its class (-1 without classes), and `image_hash` of the bytes."""
-Record = tuple[int, int, int, bytes]
-"""A row of an offset table."""
+Record = tuple[int, int, int, bytes] | tuple[int, int, int, bytes, Sequence[float]]
+"""A row of an offset table; the last one of a dataset with vectors."""
 SHARDS_DTYPE = np.dtype(
     [("number", "<u4"), ("images", "<u4"), ("bytes", "<u8"), ("sha256", "V32"), ("offsets_sha256", "V32")]
 )
@@ -61,6 +61,11 @@ SHARDS_DTYPE = np.dtype(
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]")
+
+
+def offsets_dtype(numbers: int) -> np.dtype[Any]:
+    """Returns OFFSETS_DTYPE, with a vector of k numbers as float32 behind it in a dataset that has vectors."""
+    return np.dtype([*OFFSETS_DTYPE.descr, ("vector", "<f4", (numbers,))]) if numbers else OFFSETS_DTYPE
 
 
 def image_hash(encoded: bytes) -> bytes:
@@ -181,7 +186,8 @@ class Digests:
 
     def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
         """Returns the index's record of the tar that was streamed, and the table of its images."""
-        offsets = np.array(records, OFFSETS_DTYPE).tobytes()
+        numbers = len(records[0][4]) if len(records[0]) == 5 else 0
+        offsets = np.array(records, offsets_dtype(numbers)).tobytes()
         shard = Shard(
             name=name,
             bytes=self.size_bytes,
@@ -204,11 +210,15 @@ class ShardWriter:
         self._file = path.open("wb")
         self._records: list[Record] = []
 
-    def add(self, key: str, encoded: bytes, label: int, kind: str = "png") -> None:
-        """Appends `key.png`, or another kind, and `key.cls` for a label of 0 or more."""
+    def add(
+        self, key: str, encoded: bytes, label: int, kind: str = "png", numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Appends `key.png`, or another kind, `key.cls` for a label of 0 or more, and `key.json` for a vector."""
         place = self.digests.size_bytes + tarfile.BLOCKSIZE
-        self._records.append((place, len(encoded), label, image_hash(encoded)))
+        record = place, len(encoded), label, image_hash(encoded)
+        self._records.append((*record, tuple(numbers.values())) if numbers else record)
         files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+        files |= {f"{key}.json": json.dumps(dict(numbers)).encode()} if numbers else {}
         for name, content in files.items():
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -249,17 +259,20 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
-    bits: Literal[8, 16] = Field(default=8, description="of a value of images")
+    vector_names: tuple[str, ...] = Field(default=(), description="of the numbers of each image")
+    vector_mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    vector_std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     encoding: Encoding | None = Field(default=None, description="of latents: mean and log-variance as float16")
     classes: tuple[str, ...] = ()
     classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
     splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
     crop: str
     resize_filter: str
+    bits: Literal[8, 16] = Field(default=8, description="of a value of images")
     pixel_range: str = Field(default="", description="LOW,HIGH: black and white in integers of more than 8 bits")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
-    listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
+    listing_sha256: str = Field(default="", description="over names, sizes, labels, vectors of the source, if copied")
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
@@ -340,6 +353,8 @@ class DatasetIndex(Sealed):
             raise ValueError("images have 1 to 16 channels")
         if self.bits == 16 and not re.fullmatch(r"-?\d{1,10},-?\d{1,10}", self.pixel_range):
             raise ValueError("images of 16 bits have a range")
+        if not len(self.vector_names) == len(self.vector_mean) == len(self.vector_std):
+            raise ValueError("each number of a vector has a name, a mean and a deviation")
         if self.encoding and {len(self.encoding.mean), len(self.encoding.std)} != {self.channels}:
             raise ValueError("latents have a mean and a deviation for each channel")
         return self
@@ -357,6 +372,8 @@ class DatasetIndex(Sealed):
             content |= {"pixel_range": self.pixel_range}
         if self.bits != 8:
             content |= {"bits": self.bits}
+        if self.vector_names:
+            content |= self.model_dump(include={"vector_names", "vector_mean", "vector_std"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -83,6 +83,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
+    layout += f"-show-{'_'.join(map(str, sample.show))}" if sample.show != usual.show else ""
     training = None
     if sample.nearest and is_main and editor is None and (pixels := plan.pixels()):
         training = open_cache(plan.bucket, pixels, plan.config.data.cache_gigabytes * 1e9, painter.stop)

@@ -180,6 +180,7 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         "id": index.dataset_id,
         "made": made,
         "classes": ", ".join(index.classes) + " (folders)" * (index.classes_from == "folders"),
+        "vector": ", ".join(map("{} {:.4g} ± {:.3g}".format, index.vector_names, index.vector_mean, index.vector_std)),
         "splits": ", ".join(index.splits) + ", packed together" * bool(index.splits),
         "left out": f"{index.unlabelled_images:,} without a label" * bool(index.unlabelled_images),
         "held out": f"{index.held_out}-{index.size}, on which its runs log val_loss" * bool(index.held_out),

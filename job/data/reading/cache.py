@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from job.data.codecs import codec_versions, decode
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.data.reading.order import Int64s, Order
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
+from job.data.shards import DatasetIndex, Record, image_hash, offsets_dtype
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
 from job.platform import allocate
 from job.progress import Progress
@@ -113,12 +113,13 @@ class ImageCache:
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
         self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"
         self._tables_path, self._are_loaded = folder / "offsets", np.zeros(len(index.shards), bool)
+        self._dtype = offsets_dtype(len(index.vector_names))
         with os_errors(self._tables_path):
             folder.mkdir(parents=True, exist_ok=True)
             # A hundred million images have gigabytes of tables, and a batch needs a few: the rest is a hole.
             with self._tables_path.open("ab") as file:
-                file.truncate(index.images * OFFSETS_DTYPE.itemsize)
-            self._tables = np.asarray(np.memmap(self._tables_path, OFFSETS_DTYPE, "r"))
+                file.truncate(index.images * self._dtype.itemsize)
+            self._tables = np.asarray(np.memmap(self._tables_path, self._dtype, "r"))
         self._recipe, how = None, {"channels": index.channels, "bits": index.bits, "min_side": 1}
         if with_pillow:
             packed_range = "0,65535" if index.bits == 16 else ""
@@ -167,7 +168,7 @@ class ImageCache:
 
     def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> npt.NDArray[Any]:
         """Returns image `row` of a shard from its place `record` in `file`; raises as `read`."""
-        offset, size_bytes, _, sha256 = record
+        offset, size_bytes, _, sha256, *_ = record
         file.seek(offset)
         encoded, problem = file.read(size_bytes), "it differs from the index"
         try:
@@ -189,6 +190,16 @@ class ImageCache:
         """Returns the classes of the images, int64 [b]; -1 without classes."""
         return self.records(indices)["label"].astype(np.int64)
 
+    def numbers(self, indices: Int64s) -> npt.NDArray[np.float32]:
+        """Returns the vectors of the images as they were packed, float32 [b, k]."""
+        names = self.index.vector_names
+        return self.records(indices)["vector"] if names else np.empty((len(indices), 0), np.float32)
+
+    def vectors(self, indices: Int64s) -> npt.NDArray[np.float32]:
+        """Returns the vectors with mean 0 and deviation 1 of each number over the dataset, float32 [b, k]."""
+        mean, std = np.array(self.index.vector_mean), np.array(self.index.vector_std)
+        return ((self.numbers(indices) - mean) / std).astype(np.float32)
+
     def prefetch(self, order: Order, image_number: int) -> None:
         """Announces that a run will read from `image_number` on; cheap enough for each batch."""
         return
@@ -204,7 +215,7 @@ class ImageCache:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
     def records(self, indices: Int64s) -> np.ndarray:
-        """Returns the rows of images `indices` in the offset tables, OFFSETS_DTYPE [b].
+        """Returns the rows of images `indices` in the offset tables, `offsets_dtype` [b].
 
         The tables of their shards are verified first, and fetched if they are not in the cache.
 
@@ -227,14 +238,14 @@ class ImageCache:
             table = self.read_table(shard)
             # Not through the map, where a full disk would cause SIGBUS.
             with os_errors(self._tables_path), self._tables_path.open("r+b") as file:
-                file.seek(first * OFFSETS_DTYPE.itemsize)
+                file.seek(first * self._dtype.itemsize)
                 file.write(table.tobytes())
         else:
             self._check_table(shard, self._tables[first:last])
         self._are_loaded[shard] = True
 
     def read_table(self, shard: int) -> np.ndarray:
-        """Reads the offset table of a shard from the bucket, OFFSETS_DTYPE [images].
+        """Reads the offset table of a shard from the bucket, `offsets_dtype` [images].
 
         Raises:
             BadDataError: the table is corrupt.
@@ -242,10 +253,10 @@ class ImageCache:
         packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
         data = self._bucket.read(key).data
-        is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
+        is_whole = len(data) == packed.images * self._dtype.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
             raise BadDataError(f"{self._bucket.uri_of(key)} differs from the index: {self.remedy}")
-        self._check_table(shard, table := np.frombuffer(data, OFFSETS_DTYPE))
+        self._check_table(shard, table := np.frombuffer(data, self._dtype))
         return table
 
     def _check_table(self, shard: int, table: np.ndarray) -> None:

@@ -154,6 +154,9 @@ class Images(Protocol):
     def labels(self, indices: Int64s) -> Int64s:
         """Returns their classes, int64 [b]."""
 
+    def vectors(self, indices: Int64s) -> npt.NDArray[np.float32]:
+        """Returns their normalised vectors, float32 [b, k]."""
+
     def prefetch(self, order: Order, image_number: int) -> None:
         """Announces that a run will read from `image_number` on."""
 
@@ -165,11 +168,15 @@ class LoadedBatch(NamedTuple):
         image_numbers: int64 [b].
         images: uint8 or uint16 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
+        conditions: uint8 [b, Cc, H, W], or None.
+        vectors: float32 [b, k], or None.
     """
 
     image_numbers: Int64s
     images: torch.Tensor
     labels: torch.Tensor | None
+    conditions: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
 
 
 def stream_batches(
@@ -212,9 +219,10 @@ def stream_batches(
             images.read(indices, out=batch.numpy())
             batch = batch.view(getattr(torch, images.index.dtype.name))
             labels = torch.from_numpy(images.labels(indices)) if with_labels and images.index.classes else None
-            if labels is not None and pin_memory:
-                labels = labels.pin_memory()
-            yield LoadedBatch(numbers, batch.permute(0, 3, 1, 2), labels)
+            vectors = torch.from_numpy(images.vectors(indices)) if images.index.vector_names else None
+            if pin_memory:
+                labels, vectors = (None if each is None else each.pin_memory() for each in (labels, vectors))
+            yield LoadedBatch(numbers, batch.permute(0, 3, 1, 2), labels, vectors=vectors)
 
     return BatchStream(batches(), stop)
 

@@ -101,6 +101,31 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
     return replace(source, note="; ".join(filter(None, notes)))
 
 
+def numbered(request: PackRequest, source: Source, bucket: Store) -> Iterator[tuple[str, Source]]:
+    """Yields the columns that `--vector` names, each with the source whose labels are its numbers.
+
+    A number is read as a label is: the rules of tables and formats are the same.
+
+    Args:
+        request: a checked one.
+        source: its source, as `chosen_source` returns it.
+        bucket: where the dataset goes.
+
+    Raises:
+        MissingInputError, BadRequestError, BadDataError: as `chosen_source`.
+    """
+    retry, (file, columns) = bucket.retry.elsewhere(), labels.split_labels(request.vector)
+    for column in map(labels.NumberColumn, columns.split(",")):
+        if not file:
+            opened = open_source(request.place, bucket.uri, retry, column)
+            yield column, replace(opened, split=source.split)
+            continue
+        rows = _rows(source, file, retry)
+        with members.refusing(rows.where):
+            table = labels.join_labels(rows, (image.name for image in replace(source, split=None).images()), column)
+        yield table.column, replace(source, with_labels=None, label_by_name=table.of)
+
+
 def _rows(source: Source, file: str, retry: Retry) -> Rows:
     """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
     beside = source.beside

@@ -111,7 +111,7 @@ def _rows(open_table: _Opener, columns: _Columns, where: str, name: str) -> _Row
                 at_once = _LABELS_READ if pa.types.is_primitive(table.schema.field(label).type) else 1
                 before = len(found.labels)
                 for values in group.values(label, at_once):
-                    read = (label_among(columns.classes, value.as_py()) for value in values)
+                    read = (label_among(columns.classes, value.as_py(), label) for value in values)
                     found.labels.extend(texts.setdefault(text, text) for text in read)
                 if (there := len(found.labels) - before) != group.rows:
                     raise _promises(group.rows, there)
