@@ -71,6 +71,11 @@ def shown(images: NDArray[Any], channels: Sequence[int] = ()) -> Images:
     return images
 
 
+def side_by_side(left: Images, right: Images) -> Images:
+    """Returns pairs of pictures, uint8 [B, H, W, 1 or 3], as one picture each, [B, H, 2 W, 3]."""
+    return np.concatenate([_tiles(left, 1), _tiles(right, 1)], axis=2)
+
+
 def png(picture: Image.Image) -> bytes:
     """Returns a picture as the bytes of a PNG file."""
     file = BytesIO()

@@ -193,7 +193,7 @@ class Objective:
 
         Args:
             network: see `Network`.
-            x_start: images of so many levels, float32 [B, C, H, W] in [-1, 1].
+            x_start: images of `levels` levels, float32 [B, C, H, W] in [-1, 1].
             noise: standard normal ε, of the same shape.
             numbers: number of each image's point, int64 [B] in 0..T-1, on the host.
             stands_for: number of steps that it represents, float32 [B]; see `spread_over_steps`.
@@ -267,8 +267,8 @@ def normal_kl(difference: Tensor, log_variance: Tensor | float, other: Tensor | 
 def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | float, levels: int = 256) -> Tensor:
     """Returns the log-probability of each pixel's level in a normal distribution (Ho et al. 2020, equation 13).
 
-    Pixels `x` have so many levels in [-1, 1], of which the outermost extend to infinity. It is exact to float32's
-    precision, where Ho et al.'s code approximates the error function by tanh, and stops at ln 1e-12.
+    Pixels `x` have this number of levels in [-1, 1], of which the outermost extend to infinity. It is exact to
+    float32's precision, where Ho et al.'s code approximates the error function by tanh, and stops at ln 1e-12.
     """
     scale = _exp(-log_variance / 2)
     z, half = (x - mean) * scale, scale / (levels - 1)

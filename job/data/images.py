@@ -24,7 +24,8 @@ from ddpm.image_size import ImageSize
 from job.data.codecs import NPY_MAGIC, decode_npy
 from job.exits import BadRequestError, needs_extra
 
-FILTERS = ("lanczos", "bicubic", "bilinear", "box")
+FILTERS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
+"""The last one keeps the values of masks, which stand for classes."""
 MOST_CHANNELS = 16
 PIXEL_LIMIT = 89_478_485
 """Pillow's limit (a quarter of a gigabyte as RGB): a file of a few kilobytes may decode to more than the memory."""
@@ -37,6 +38,7 @@ _SIGNIFICANT_BITS = re.compile(rb"\0\0\0[\1-\4]sBIT([\1-\x10]{1,4})")
 _DEEP = re.compile(r"(?:RGB|RGBA|RGBX|CMYK);16[LBN]")
 """Pillow's layouts of 16 bits of which it also reads the lower bytes, as those of the other byte order."""
 _TIFF_MAGIC = (b"II*\0", b"MM\0*")
+_ORIENTATION, _SIDEWAYS = 0x0112, 5
 _BITS_PER_SAMPLE, _MIN_SAMPLE_VALUE, _MAX_SAMPLE_VALUE = 258, 280, 281
 
 # Pillow's warnings of large images, which are rejected here, and of broken EXIF would break a progress bar.
@@ -132,7 +134,9 @@ class Recipe:
         return max(1, round(scale * self.size.width)), max(1, round(scale * self.size.height))
 
 
-def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = None) -> np.ndarray:
+def prepare(
+    encoded: bytes, recipe: Recipe, converted: Counter[str] | None = None, of: tuple[int, int] | None = None
+) -> np.ndarray:
     """Decodes an image file, turns it upright, crops and resizes it.
 
     Args:
@@ -140,12 +144,14 @@ def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = Non
         recipe: the size, and how the image gets it.
         converted: counts how the pixels changed: `grey` into colour, `colour` into grey, `CMYK`, `transparent`; and in
             datasets of 16 bits `8-bit`, and `clipped` to the range.
+        of: width and height of the image whose condition this is: it gets the same crop.
 
     Returns:
         [H, W, channels] of the recipe's dtype: 0 and its largest value are the ends of the range.
 
     Raises:
-        RejectedImageError: the image is unreadable, truncated, too small or too large, or the crop is outside.
+        RejectedImageError: the image is unreadable, truncated, too small or too large, the crop is outside, or a
+            condition has other proportions than its image.
         UndecidedImageError: it has more than 8 bits per channel, and their range is unknown.
     """
     counted = Counter[str]() if converted is None else converted
@@ -158,8 +164,16 @@ def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = Non
         width, height = planes[0].size
         if min(width, height) < recipe.min_side:
             raise RejectedImageError(f"has {width}×{height} pixels, under --min-side={recipe.min_side}")
-        box = recipe.box(width, height)
-        planes = [plane.crop(box) for plane in planes]
+        whole: tuple[float, float, float, float] | None = None
+        if of is None:
+            box = recipe.box(width, height)
+            planes = [plane.crop(box) for plane in planes]
+        elif abs(width * of[1] - height * of[0]) > max(width, height, *of):
+            said = f"has {of[0]}×{of[1]} pixels, and its condition {width}×{height}"
+            raise RejectedImageError(f"{said}, which cannot be the same place")
+        else:
+            left, top, right, bottom = recipe.box(*of)
+            whole = left * width / of[0], top * height / of[1], right * width / of[0], bottom * height / of[1]
         if is_usual:
             planes = [_in_channels(planes[0], recipe.channels, counted)]
     except (RejectedImageError, BadRequestError):
@@ -170,9 +184,25 @@ def prepare(encoded: bytes, recipe: Recipe, converted: Counter[str] | None = Non
     except Exception as error:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
     size, resampling = recipe.size, Image.Resampling[recipe.resize_filter.upper()]
-    resized = [plane.resize((size.width, size.height), resampling, reducing_gap=None) for plane in planes]
+    resized = [plane.resize((size.width, size.height), resampling, whole, reducing_gap=None) for plane in planes]
     pixels = np.stack([np.asarray(plane) for plane in resized], axis=-1).reshape(*size.shape, recipe.channels)
     return pixels if is_usual else np.rint(pixels).clip(0, np.iinfo(recipe.dtype).max).astype(recipe.dtype)
+
+
+def upright_size(encoded: bytes) -> tuple[int, int]:
+    """Returns the width and height of an image file that `prepare` has read."""
+    if (values := _array_in(encoded)) is not None:
+        return values.shape[1], values.shape[0]
+    image = _opened(encoded)
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS else (width, height)
+
+
+def is_mask(encoded: bytes) -> bool:
+    """Returns whether an image file has a palette or one bit, whose values stand for classes."""
+    with suppress(Exception):
+        return _opened(encoded).mode in ("P", "1")
+    return False
 
 
 class Found(NamedTuple):

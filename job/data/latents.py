@@ -31,7 +31,7 @@ from ddpm.image_size import ImageSize
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
 from job.data.codecs import codec_versions, encode
-from job.data.pack import Packing, check_absent, make_dataset
+from job.data.making import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
 from job.data.reading.cache import ImageCache
 from job.exits import BadConfigError, BadDataError, BadRequestError, needs_extra
@@ -184,6 +184,8 @@ def _encoder(
         )
     if any(side % 2**halvings for side in source.size.shape):
         raise BadConfigError(f"{where} halves images {halvings} times, and {source.size} pixels cannot be")
+    if source.condition_channels:
+        raise BadConfigError(f"{source.name} has conditions in pixels, which latents do not take: pack it without them")
     if source.bits != 8:
         raise BadConfigError(f"{source.name} has {source.bits} bits, and autoencoders know 8: pack it with --bits 8")
     size = ImageSize(*(side // 2**halvings for side in source.size.shape))

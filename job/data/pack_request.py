@@ -52,7 +52,7 @@ class PackRequest(JobOptions):
     """Here also the pixels of a side of squares; a checked request has an `ImageSize`."""
     _: KW_ONLY
     crop: str = option("--crop CROP", "center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")
-    resize_filter: str = option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear or box.")
+    resize_filter: str = option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear, box, or nearest.")
     channels: int | None = option(
         "--channels N",
         "3 for colour, 1 for grey, up to 16 for arrays and TIFF. Default: those of the first 64 images.",
@@ -80,6 +80,15 @@ class PackRequest(JobOptions):
         "--vector FILE:COLUMNS",
         "Numbers of each image, as a condition: columns of a table by file name, such as t.csv:age,angle; :COLUMNS "
         "alone: of SOURCE.",
+    )
+    condition: str = option(
+        "--condition SOURCE",
+        "Images of the same places, as conditions: of equal paths but suffixes in another source; :NAME: NAME.png "
+        "beside each image as a.NAME.png, or a column.",
+    )
+    condition_filter: str = option(
+        "--condition-filter NAME",
+        "Filter of conditions. Default: nearest for palettes and one bit, which are masks, else that of --filter.",
     )
     licence: str = option("--licence TEXT", "Licence of the images, kept as a note.")
     max_bad: int = option("--max-bad N", "Give up after N unreadable images.", 100, min=0)
@@ -195,6 +204,17 @@ class PackRequest(JobOptions):
         pixel_range = self.pixel_range or (found.pixel_range if bits == 16 else "")
         return Recipe(self.size, self.crop, self.resize_filter, channels, min_side, pixel_range, bits)
 
+    def condition_recipe(self, of_images: "Recipe", first_conditions: Iterable[bytes]) -> "Recipe":
+        """Returns how conditions that begin with these are converted, beside images of a recipe."""
+        from job.data.images import found_in, is_mask
+
+        first = list(first_conditions)
+        found = found_in(first)
+        usual = "nearest" if first and all(map(is_mask, first)) else of_images.resize_filter
+        pixel_range = self.pixel_range or found.pixel_range
+        like_images = replace(of_images, resize_filter=self.condition_filter or usual, pixel_range=pixel_range)
+        return replace(like_images, channels=found.channels, min_side=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRequest(PackRequest):
@@ -233,7 +253,8 @@ class EnsureRequest(PackRequest):
 
     command = ("data", "ensure")
     option_names: ClassVar = (
-        "name source size channels bits pixel_range classes labels vector split unlabelled replaces on targets bucket"
+        "name source size channels bits pixel_range classes labels vector condition condition_filter split unlabelled "
+        "replaces on targets bucket"
     )
     source: str = option("--source SOURCE", "Images to pack if the dataset is missing, or to compare.")
     on: str = option("--on TARGET", "Target whose bucket to use.")

@@ -1,9 +1,9 @@
 """The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index.
 
     BUCKET/datasets/NAME-SIZE/index.json            written last, once: the dataset exists when the index does
-                              shard-00000.tar       key.png (else key.npy, of latents, and of other than 1 or 3
-                                                    channels) and, with classes, key.cls
-                              shard-00000.offsets   a record of OFFSETS_DTYPE per image
+                              shard-00000.tar       key.png (key.npy of latents and of other than 1 or 3 channels)
+                                                    and, if there are any, key.cond.png, key.cls and key.json
+                              shard-00000.offsets   a record of `offsets_dtype` per image
                               rejects.jsonl         the images that were left out, if any
                               preview.png           some images, by class: for people
 
@@ -51,8 +51,8 @@ SHARD_PIXEL_BYTES = 96 << 20
 """Pixels of the images of a shard, which make about 64 MB of PNG."""
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("sha256", "V16")])
 """The place of an image's encoded bytes in its tar, its class (-1 without classes), and `image_hash` of the bytes."""
-Record = tuple[int, int, int, bytes] | tuple[int, int, int, bytes, Sequence[float]]
-"""A row of an offset table; the last one of a dataset with vectors."""
+Record = tuple[Any, ...]
+"""A row of an offset table; see `offsets_dtype`."""
 SHARDS_DTYPE = np.dtype(
     [("number", "<u4"), ("images", "<u4"), ("bytes", "<u8"), ("sha256", "V32"), ("offsets_sha256", "V32")]
 )
@@ -63,9 +63,14 @@ _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]")
 
 
-def offsets_dtype(numbers: int) -> np.dtype[Any]:
-    """Returns OFFSETS_DTYPE, with a vector of k numbers as float32 behind it in a dataset that has vectors."""
-    return np.dtype([*OFFSETS_DTYPE.descr, ("vector", "<f4", (numbers,))]) if numbers else OFFSETS_DTYPE
+def offsets_dtype(numbers: int, has_condition: bool) -> np.dtype[Any]:
+    """Returns OFFSETS_DTYPE, with the size of the condition, and a vector of k numbers as float32, if there are any.
+
+    The condition is the next file of the tar behind the image; the hash is over both.
+    """
+    condition: list[Any] = [("condition_bytes", "<u4")] if has_condition else []
+    vector: list[Any] = [("vector", "<f4", (numbers,))] if numbers else []
+    return np.dtype([*OFFSETS_DTYPE.descr, *condition, *vector])
 
 
 def image_hash(encoded: bytes) -> bytes:
@@ -184,10 +189,11 @@ class Digests:
         self.size_bytes += len(data)
         self._sha256.update(data)
 
-    def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
+    def shard(
+        self, name: str, records: Sequence[Record], uri: str = "", dtype: np.dtype[Any] = OFFSETS_DTYPE
+    ) -> tuple[Shard, bytes]:
         """Returns the index's record of the tar that was streamed, and the table of its images."""
-        numbers = len(records[0][4]) if len(records[0]) == 5 else 0
-        offsets = np.array(records, offsets_dtype(numbers)).tobytes()
+        offsets = np.array(records, dtype).tobytes()
         shard = Shard(
             name=name,
             bytes=self.size_bytes,
@@ -209,16 +215,30 @@ class ShardWriter:
         """Size and hash of the bytes written so far."""
         self._file = path.open("wb")
         self._records: list[Record] = []
+        self._dtype = OFFSETS_DTYPE
 
     def add(
-        self, key: str, encoded: bytes, label: int, kind: str = "png", numbers: Mapping[str, float] | None = None
+        self,
+        key: str,
+        encoded: bytes,
+        label: int,
+        kind: str = "png",
+        numbers: Mapping[str, float] | None = None,
+        condition: tuple[str, bytes] | None = None,
     ) -> None:
-        """Appends `key.png`, or another kind, `key.cls` for a label of 0 or more, and `key.json` for a vector."""
-        place = self.digests.size_bytes + tarfile.BLOCKSIZE
-        record = place, len(encoded), label, image_hash(encoded)
-        self._records.append((*record, tuple(numbers.values())) if numbers else record)
-        files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+        """Appends `key.png`, or another kind, `key.cls` for a label of 0 or more, and `key.json` for a vector.
+
+        The kind and content of a condition become `key.cond.png`.
+        """
+        place, files = self.digests.size_bytes + tarfile.BLOCKSIZE, {f"{key}.{kind}": encoded}
+        record: Record = place, len(encoded), label, image_hash(encoded + (condition[1] if condition else b""))
+        if condition:
+            files[f"{key}.cond.{condition[0]}"] = condition[1]
+            record = *record, len(condition[1])
+        files |= {f"{key}.cls": str(label).encode()} if label >= 0 else {}
         files |= {f"{key}.json": json.dumps(dict(numbers)).encode()} if numbers else {}
+        self._records.append((*record, tuple(numbers.values())) if numbers else record)
+        self._dtype = offsets_dtype(len(numbers or ()), condition is not None)
         for name, content in files.items():
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -228,7 +248,7 @@ class ShardWriter:
         """Closes the file, and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        return self.digests.shard(self.path.name, self._records)
+        return self.digests.shard(self.path.name, self._records, dtype=self._dtype)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -259,6 +279,8 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
+    condition_channels: int = Field(default=0, ge=0, le=16, description="of the condition image of each image")
+    condition_from: str = Field(default="", description="base name of the source of condition images")
     vector_names: tuple[str, ...] = Field(default=(), description="of the numbers of each image")
     vector_mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
     vector_std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
@@ -313,8 +335,8 @@ class DatasetIndex(Sealed):
 
     @property
     def row_shape(self) -> tuple[int, int, int]:
-        """Returns the shape of a decoded image in bytes."""
-        return *self.size.shape, self.image_shape[2] * self.dtype.itemsize
+        """Returns the shape of a decoded image in bytes, with the channels of its condition behind its own."""
+        return *self.size.shape, (self.image_shape[2] + self.condition_channels) * self.dtype.itemsize
 
     @property
     def decoded_bytes(self) -> int:
@@ -372,6 +394,8 @@ class DatasetIndex(Sealed):
             content |= {"pixel_range": self.pixel_range}
         if self.bits != 8:
             content |= {"bits": self.bits}
+        if self.condition_channels:
+            content |= {"condition_channels": self.condition_channels}
         if self.vector_names:
             content |= self.model_dump(include={"vector_names", "vector_mean", "vector_std"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

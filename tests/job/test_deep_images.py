@@ -14,13 +14,17 @@ import webdataset
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
+from job.config import method
 from job.data.reading.cache import ImageCache
 from job.data.reading.order import Order, stream_batches
 from job.data.shards import load_index
+from job.evaluation.evaluate import features_of
 from job.exits import Exit
+from job.runs.records import existing_config
 from job.store import open_store
 from tests.job.command_line import ddpm_here, ran, refused, refuses, settings
 from tests.job.some_images import deep_png, deep_tiff, encoded, picture, tar_of
+from tests.job.test_train import final_state
 
 RNG = np.random.default_rng(0)
 SIZE = 32
@@ -126,7 +130,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
         levels = RNG.integers(0, 2, (24, 1, 1, channels)) * 4095
         np.save(folder / f"{name}.npy", np.broadcast_to(levels, (24, 16, 16, channels)).astype(np.uint16))
         place = ("--bucket", folder)
-        ran("data", "pack", folder / f"{name}.npy", name, "--size", 16, "--range", "0,4095", *place)
+        how = "--size", 16, "--range", "0,4095", "--hold-out", "25%"
+        ran("data", "pack", folder / f"{name}.npy", name, *how, *place)
         ran("train", "--dataset", name, "--run", name, "--epochs", 3, *place, *settings(sample__nearest="true"))
     return folder
 
@@ -143,6 +148,20 @@ def test_samples_have_the_values_of_the_source(bucket, run, kind):
     # All levels occur, and not those of 8 bits alone.
     assert len(np.unique(found)) > 300
     assert ran("runs", "verify", run, "--bucket", bucket)
+
+
+@pytest.mark.parametrize("run", ["five", "one"])
+def test_held_out_images_and_scores_see_all_levels(bucket, run):
+    """A look at images of 16 bits as if they had 8 would be off by a factor of 257."""
+    _, _, rows = final_state(bucket, run)
+    looks = [row for row in rows if "val_loss" in row]
+    assert looks and all(0 < row["val_loss"] < 2 and 0 < row["val_bits_per_dim"] < 30 for row in looks)
+    store = open_store(str(bucket))
+    assert method.objective_of(existing_config(store, run)).levels == 1 << 16
+    images = ImageCache(store, load_index(store, f"datasets/{run}-16")).read(np.arange(4))
+    seen = features_of(lambda pixels: (pixels.flatten(1), None), images, torch.device("cpu"))["features"]
+    expected = np.rint(images[..., : 3 if run == "five" else 1] / 257).transpose(0, 3, 1, 2)
+    assert np.array_equal(seen.numpy(), expected.reshape(4, -1))
 
 
 def test_grids_show_named_channels(bucket):

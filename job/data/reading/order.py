@@ -144,7 +144,7 @@ def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool
 
 
 class Images(Protocol):
-    """The images of a dataset, as `job.data.reading.cache.ImageCache` reads them."""
+    """The images of a dataset, as `job.data.reading.reader.ImageCache` reads them."""
 
     index: DatasetIndex
 
@@ -168,7 +168,7 @@ class LoadedBatch(NamedTuple):
         image_numbers: int64 [b].
         images: uint8 or uint16 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
-        conditions: uint8 [b, Cc, H, W], or None.
+        conditions: of the dtype of the images, [b, Cc, H, W], or None.
         vectors: float32 [b, k], or None.
     """
 
@@ -217,12 +217,14 @@ def stream_batches(
             images.prefetch(order, first)
             batch = torch.empty((len(indices), *images.index.row_shape), dtype=torch.uint8, pin_memory=pin_memory)
             images.read(indices, out=batch.numpy())
-            batch = batch.view(getattr(torch, images.index.dtype.name))
+            batch = batch.view(getattr(torch, images.index.dtype.name)).permute(0, 3, 1, 2)
+            channels = images.index.image_shape[2]
+            conditions = batch[:, channels:] if images.index.condition_channels else None
             labels = torch.from_numpy(images.labels(indices)) if with_labels and images.index.classes else None
             vectors = torch.from_numpy(images.vectors(indices)) if images.index.vector_names else None
             if pin_memory:
                 labels, vectors = (None if each is None else each.pin_memory() for each in (labels, vectors))
-            yield LoadedBatch(numbers, batch.permute(0, 3, 1, 2), labels, vectors=vectors)
+            yield LoadedBatch(numbers, batch[:, :channels], labels, conditions, vectors)
 
     return BatchStream(batches(), stop)
 

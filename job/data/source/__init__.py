@@ -117,13 +117,43 @@ def numbered(request: PackRequest, source: Source, bucket: Store) -> Iterator[tu
     retry, (file, columns) = bucket.retry.elsewhere(), labels.split_labels(request.vector)
     for column in map(labels.NumberColumn, columns.split(",")):
         if not file:
-            opened = open_source(request.place, bucket.uri, retry, column)
-            yield column, replace(opened, split=source.split)
+            opened = replace(open_source(request.place, bucket.uri, retry, column), split=source.split)
+            yield column, with_conditions(request, opened, bucket)[0] if request.condition else opened
             continue
         rows = _rows(source, file, retry)
         with members.refusing(rows.where):
             table = labels.join_labels(rows, (image.name for image in replace(source, split=None).images()), column)
         yield table.column, replace(source, with_labels=None, label_by_name=table.of)
+
+
+def with_conditions(request: PackRequest, source: Source, bucket: Store) -> tuple[Source, Source]:
+    """Returns the images of a source, and the condition images that `--condition` names, by equal paths but suffixes.
+
+    These are another source, or of the same one: `:cond` is `a.cond.png` of `a.png`, or a column of a table.
+
+    Args:
+        request: a checked one.
+        source: its source, as `chosen_source` returns it.
+        bucket: where the dataset goes.
+
+    Raises:
+        MissingInputError, BadRequestError, BadDataError: as `open_source`.
+    """
+    retry, word = bucket.retry.elsewhere(), request.condition
+    if not word.startswith(":"):
+        return source, replace(open_source(word, bucket.uri, retry, None), split=None)
+    first = next((member.name for member in source.images()), "")
+    if re.search(rf"(?:{FORMATS['tables:table_source']})/[^/]*$", first):
+        opened = open_source(request.place, bucket.uri, retry, labels.ImageColumn(word[1:]))
+        return source, replace(opened, split=source.split)
+    marked = re.compile(rf"(.*)\.{re.escape(word[1:])}(\.[^./]*)")
+
+    def unmarked(member: Member) -> Member | None:
+        match = marked.fullmatch(member.name)
+        return replace(member, name=match[1] + match[2]) if match else None
+
+    images = source.changed(lambda member: None if marked.fullmatch(member.name) else member)
+    return images, replace(source.changed(unmarked), note="")
 
 
 def _rows(source: Source, file: str, retry: Retry) -> Rows:

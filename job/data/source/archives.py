@@ -124,6 +124,7 @@ class Sample:
         label: its class; -1 without one.
         offset: position of the content in a tar that stays in place.
         numbers: its vector by name.
+        condition: its condition image, encoded.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Sample:
     label: int = -1
     offset: int = -1
     numbers: Mapping[str, float] | None = None
+    condition: bytes | None = None
 
 
 @dataclass(frozen=True)

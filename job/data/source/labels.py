@@ -63,6 +63,10 @@ def label_of(value: object) -> str:
     return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
+class ImageColumn(str):
+    """The name of a column of images, without labels."""
+
+
 class NumberColumn(str):
     """The name of a column whose values are numbers of vectors, and not classes."""
 
@@ -82,7 +86,7 @@ def number_of(value: object) -> str:
     try:
         numbers = [float(one) for one in values]
     except (TypeError, ValueError):
-        raise RefusedError(f"has {value!r:.40}, which is no number: mend it, or name another column") from None
+        raise RefusedError(f"has {value!r:.40}, which cannot be a number: mend it, or name another column") from None
     if not all(abs(number) < _MOST_FLOAT32 for number in numbers):
         raise RefusedError(f"has {value!r:.40}, which is not finite in float32: mend it, or leave the image out")
     return " ".join(map(repr, numbers))

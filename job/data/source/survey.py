@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -195,6 +196,48 @@ def vectors_in(
     values = values.astype(np.float32)
     named = json.dumps([found.sha256, names]).encode() + values.tobytes()
     return Vectors(tuple(names), values, tuple(mean), tuple(std), hashlib.sha256(named).hexdigest())
+
+
+class Pairs(NamedTuple):
+    """The images of a source that have a condition: their paths without suffixes, and SHA-256 of the conditions."""
+
+    stems: set[str]
+    sha256: str
+    lonely: int
+    """The number of images without one."""
+
+
+def pairs_in(source: Source, conditions: Source, check_stop: Callable[[], object] = bool) -> Pairs:
+    """Finds the condition of each image, by its path without the suffix.
+
+    Raises:
+        BadRequestError: no image has one, two share one, or they come in another order.
+    """
+    images, others, digest = list[str](), list[str](), hashlib.sha256()
+    for image in source.images():
+        check_stop()
+        images.append(path_stem(image.name))
+    for other in conditions.images():
+        check_stop()
+        others.append(path_stem(other.name))
+        digest.update(b"%d:%b%d;" % (len(other.name.encode()), other.name.encode(), other.size_bytes))
+    both = {*images} & {*others}
+    ours, theirs = ([stem for stem in each if stem in both] for each in (images, others))
+    if not both:
+        there = f", but {others[0]!r}" if others else ""
+        raise BadRequestError(f"--condition {conditions.where} has no image {images[0]!r}{there}: names must be equal")
+    if several := [each for each in (ours, theirs) if len(each) > len(both)]:
+        twice, _ = Counter(several[0]).most_common(1)[0]
+        raise BadRequestError(f"--condition {conditions.where}: there are several images {twice!r}: rename all but one")
+    if ours != theirs:
+        said = f"has another order than {source.where}: put both into folders"
+        raise BadRequestError(f"--condition {conditions.where} {said}")
+    return Pairs(both, digest.hexdigest(), len(images) - len(ours))
+
+
+def path_stem(name: str) -> str:
+    """Returns a path without its suffix."""
+    return name.rpartition(".")[0]
 
 
 def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:

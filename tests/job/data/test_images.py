@@ -208,7 +208,7 @@ def test_bad_images_and_recipes_are_refused():
         ({"crop": "middle"}, "--crop 'middle'"),
         ({"crop": "center:0"}, "--crop 'center:0'"),
         ({"crop": "1,2,3"}, "--crop '1,2,3'"),
-        ({"resize_filter": "nearest"}, "'nearest': use lanczos, bicubic, bilinear, box"),
+        ({"resize_filter": "cubic"}, "'cubic': use lanczos, bicubic, bilinear, box, nearest"),
         ({"channels": 17}, "17 channels"),
         ({"size": "96x64", "crop": "25,57,128,128"}, "25,57,128,128 is not of the shape of 96x64: use .*25,57,128,85"),
         ({"size": "64x96", "crop": "0,0,128,86"}, "not of the shape of 64x96: use center, or 0,0,57,86"),

@@ -97,7 +97,7 @@ HOSTILE = [
     ({"age": "nan"}, "ages.csv:age", 65, "which is not finite in float32"),
     ({"age": "inf"}, "ages.csv:age", 65, "which is not finite"),
     ({"age": "1e39"}, "ages.csv:age", 65, "which is not finite"),
-    ({"age": "old"}, "ages.csv:age", 65, "has 'old', which is no number"),
+    ({"age": "old"}, "ages.csv:age", 65, "has 'old', which cannot be a number"),
     ({"age": ""}, "ages.csv:age,angle", 65, "'05.png' has no 'age'"),
     ({}, "ages.csv:size", 64, "has no column 'size'"),
     ({}, "ages.csv:seven", 64, "'seven' is 7 for all images"),
