@@ -145,10 +145,10 @@ def pack_command(request: PackRequest) -> None:
                 index = pack(bucket, part, stop=stop)
             except BadDataError:
                 # The next attempt must not find the damaged download in the cache.
-                forget(request.source)
+                forget(request.source, request.condition)
                 raise
             _say_made(index, bucket, part.name, part.slice)
-        forget(request.source)
+        forget(request.source, request.condition)
 
 
 def encode_command(request: EncodeRequest) -> None:

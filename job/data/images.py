@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import re
 import sys
 import warnings
@@ -330,6 +331,8 @@ def _array_in(encoded: bytes) -> np.ndarray | None:
             return None
     with needs_extra("tiff", "a TIFF of several pages, or of more than three channels"):
         import tifffile
+    # Its warnings of damaged tags would break a progress bar.
+    logging.getLogger("tifffile").disabled = True
     with tifffile.TiffFile(io.BytesIO(encoded)) as tiff:
         series = tiff.series[0]
         if series.size > PIXEL_LIMIT or series.dtype not in (np.uint8, np.uint16):

@@ -39,9 +39,9 @@ from job.data.source.labels import split_labels
 from job.data.source.members import Member, Source, split_in
 from job.data.source.survey import (
     Vectors,
+    condition_pairs,
     lacking_labels,
     no_images,
-    pairs_in,
     path_stem,
     survey,
     vectors_in,
@@ -293,7 +293,7 @@ class _Copying(_Packing):
         skipped = dict(sorted(source.skipped.items()))
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
         if found := self._conditions:
-            pairs = pairs_in(source, found, self._check_stop)
+            pairs = condition_pairs(source, found, self._check_stop)
             first = (content for _, content in found.loaded(islice(found.images(), FIRST_IMAGES)))
             self._paired, self.condition_recipe = pairs.stems, request.condition_recipe(self.recipe, first)
             listing_sha256 = hashlib.sha256(f"{listing_sha256} {pairs.sha256}".encode()).hexdigest()

@@ -318,13 +318,14 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
     return whole
 
 
-def forget(source: str) -> None:
-    """Removes the fetched files of a source, after it is packed or refused."""
-    inside, archive = split_chain(source)
-    if inside:
-        forget(archive)
-    elif is_foreign(source):
-        shutil.rmtree(_place(source), ignore_errors=True)
+def forget(*sources: str) -> None:
+    """Removes the fetched files of sources, after they are packed or refused."""
+    for source in sources:
+        inside, archive = split_chain(source)
+        if inside:
+            forget(archive)
+        elif is_foreign(source):
+            shutil.rmtree(_place(source), ignore_errors=True)
 
 
 def _file(files: Files, column: str | None) -> Source:

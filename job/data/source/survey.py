@@ -207,7 +207,7 @@ class Pairs(NamedTuple):
     """The number of images without one."""
 
 
-def pairs_in(source: Source, conditions: Source, check_stop: Callable[[], object] = bool) -> Pairs:
+def condition_pairs(source: Source, conditions: Source, check_stop: Callable[[], object] = bool) -> Pairs:
     """Finds the condition of each image, by its path without the suffix.
 
     Raises:
