@@ -25,6 +25,11 @@ TURNED_STRETCHES = 0.5
 CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
 
 
+def in_unit_range(images: Tensor) -> Tensor:
+    """Returns uint8 or uint16 as float32 in [-1, 1]: x/127.5 − 1, as Ho et al., or x/32767.5 − 1."""
+    return images.float() / (torch.iinfo(images.dtype).max / 2) - 1
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """The augmentation of a run's images."""
@@ -57,12 +62,12 @@ class Augmentation:
         return torch.cat(parts, dim=1).float()
 
     def apply(self, images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Applies the drawn rows to uint8 images [b, C, H, W].
+        """Applies the drawn rows to uint8 or uint16 images [b, C, H, W].
 
         Returns:
-            float32 [b, C, H, W] in [-1, 1] (x/127.5 − 1, as Ho et al.), and the labels for the network, [b, `LABELS`].
+            float32 [b, C, H, W] in [-1, 1], and the labels for the network, [b, `LABELS`].
         """
-        x = images.float() / 127.5 - 1
+        x = in_unit_range(images)
         if self.crop_scale != (1.0, 1.0):
             x = crop(x, drawn[:, 1:5])
         if self.flip:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from math import ceil, inf
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,12 +44,36 @@ _CURVES = {
 }
 
 
-def to_uint8(x: torch.Tensor) -> Images:
-    """Returns float [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C], rounded to nearest and clamped; NaN is mid-grey."""
+def to_pixels(x: torch.Tensor, bits: int = 8) -> NDArray[Any]:
+    """Returns float [B, C, H, W] in [-1, 1] as uint8, or uint16 of 16 bits, [B, H, W, C].
+
+    Values are rounded to nearest and clamped; NaN is mid-grey.
+    """
     import torch
 
-    levels = x.detach().float().nan_to_num(nan=0.0).add(1).mul(127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    most, dtype = 2**bits - 1, torch.uint16 if bits == 16 else torch.uint8
+    levels = x.detach().float().nan_to_num(nan=0.0).add(1).mul(most / 2).round().clamp(0, most)
+    return levels.to(dtype).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def shown(images: NDArray[Any], channels: Sequence[int] = ()) -> Images:
+    """Returns how pictures show images: uint8 [B, H, W, 1 or 3] of uint8 or uint16 [B, H, W, C].
+
+    Args:
+        images: the whole range of uint16 becomes 0 to 255.
+        channels: one, or those for red, green and blue, counted from 1; empty: the first three, or the first of two.
+    """
+    usual = range(1, 4 if images.shape[3] > 2 else 2)
+    if channels or images.shape[3] not in (1, 3):
+        images = images[..., [channel - 1 for channel in channels or usual]]
+    if images.dtype == np.uint16:
+        images = np.rint(images / 257).astype(np.uint8)
+    return images
+
+
+def side_by_side(left: Images, right: Images) -> Images:
+    """Returns pairs of pictures, uint8 [B, H, W, 1 or 3], as one picture each, [B, H, 2 W, 3]."""
+    return np.concatenate([_tiles(left, 1), _tiles(right, 1)], axis=2)
 
 
 def png(picture: Image.Image) -> bytes:
@@ -241,7 +265,7 @@ def noising_figure(images: Images, noised: torch.Tensor, labels: Sequence[str]) 
     These are two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a picture of both with
     labels, such as `t = 962`, under the noised ones.
     """
-    pixels = to_uint8(noised)
+    pixels = to_pixels(noised)
     if pixels.shape != images.shape or len(labels) != len(images):
         raise ValueError(f"images {images.shape}, noised {pixels.shape} and {len(labels)} labels do not match")
     scale = _scale(images)

@@ -244,6 +244,7 @@ class Model:
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
         worse_has_classes: whether it takes the classes too; without them it stands for images of any class.
+        bits: of a value of the images, 8 or 16.
         threads: share the images of a batch on a CPU.
         group_images: images that a thread computes at once; None: by the size of the batch.
         source: the place that it was loaded from, for people.
@@ -261,6 +262,7 @@ class Model:
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
     worse_has_classes: bool = True
+    bits: int = 8
     threads: Threads | None = None
     group_images: int | None = None
     source: str = ""
@@ -311,7 +313,7 @@ class Model:
 
         Raises:
             ValueError: a number is out of range, a class, sampler or grid is unknown, there are more steps than
-                timesteps, or the network has not learnt what guidance needs.
+                timesteps, the network has not learnt what guidance needs, or pictures cannot hold its images.
             NotFiniteError: the images have values that are not finite.
             TypeError: an option is unknown.
         """
@@ -321,6 +323,9 @@ class Model:
                 raise ValueError(f"{name}={number}: use 1 or more")
         if not 0 <= seed <= 2**63 - images or not 0 <= options.get("eta", 0) <= 1:
             raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: seeds are from 0 to 2^63 - 1, eta from 0 to 1")
+        channels = 3 if self.decode else self.image_shape[0]
+        if not as_tensor and (self.bits != 8 or channels not in (1, 3)):
+            raise ValueError(f"pictures do not hold {self.bits} bits in {channels} channels: use as_tensor=True")
         if "labels" in options:
             raise TypeError("labels: name classes, as in classes=['forest', 3]")
         if classes is not None:
@@ -336,7 +341,7 @@ class Model:
         x = torch.cat(parts)
         if as_tensor:
             return x
-        pixels = figures.to_uint8(x)
+        pixels = figures.to_pixels(x)
         return [Image.fromarray(each[:, :, 0] if each.shape[2] == 1 else each) for each in pixels]
 
     def _sampling(self, sampler: str | None, steps: int | None, options: dict[str, Any]) -> Sampling:

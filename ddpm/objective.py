@@ -92,6 +92,8 @@ class Objective:
     """How noise levels are drawn and weighted, and whether the variance is learnt by the variational bound."""
     sample_options: SampleOptions = field(default_factory=SampleOptions)
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], and the variance of the bound."""
+    levels: int = 256
+    """The values that a pixel may have, for the bound: 65,536 in images of 16 bits."""
 
     def __post_init__(self) -> None:
         diffusion = self.diffusion
@@ -174,7 +176,7 @@ class Objective:
         estimate = self.prediction.x_start(output.detach(), x_t, point)
         assert drawn.further is not None
         posterior = Posterior(*drawn.further.view(3, -1, 1, 1, 1))
-        bound = _bound(posterior, drawn.t == 0, x_start, estimate, (share + 1) / 2)
+        bound = _bound(posterior, drawn.t == 0, x_start, estimate, (share + 1) / 2, self.levels)
         return losses + BOUND_WEIGHT * self.process.num_timesteps * bound
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class Objective:
 
         Args:
             network: see `Network`.
-            x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
+            x_start: images of `levels` levels, float32 [B, C, H, W] in [-1, 1].
             noise: standard normal ε, of the same shape.
             numbers: number of each image's point, int64 [B] in 0..T-1, on the host.
             stands_for: number of steps that it represents, float32 [B]; see `spread_over_steps`.
@@ -218,7 +220,8 @@ class Objective:
         # The noise at the start of sampling has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
         before = bits(normal_kl(last.alpha * x_start, log_variance, beginning))
-        return before + stands_for.to(x_start.device) * _bound(posterior, is_last, x_start, estimate, share)
+        step = _bound(posterior, is_last, x_start, estimate, share, self.levels)
+        return before + stands_for.to(x_start.device) * step
 
     def weights(self, point: Point[Tensor]) -> Tensor:
         """Returns the weight of the squared error of the output, float64 [B]; the catalogue has it on that of x_0."""
@@ -236,11 +239,13 @@ class Objective:
         return on_x_start[weighting] / self.prediction.error_factor(point)
 
 
-def _bound(posterior: Posterior[Tensor], is_last: Tensor, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:
+def _bound(
+    posterior: Posterior[Tensor], is_last: Tensor, x_start: Tensor, estimate: Tensor, share: Tensor, levels: int
+) -> Tensor:
     """Returns the bound's term at each step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
     log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
     kl = normal_kl(posterior.on_x_start * (x_start - estimate), posterior.log_small, log_variance)
-    last = -log_likelihood_of_levels(x_start, estimate, log_variance)
+    last = -log_likelihood_of_levels(x_start, estimate, log_variance, levels)
     return bits(torch.where(is_last.view(-1, 1, 1, 1), last, kl))
 
 
@@ -263,19 +268,20 @@ def normal_kl(difference: Tensor, log_variance: Tensor | float, other: Tensor | 
     return (_exp(log_ratio) - 1 - log_ratio + difference.square() * _exp(-other)) / 2
 
 
-def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | float) -> Tensor:
+def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | float, levels: int = 256) -> Tensor:
     """Returns the log-probability of each pixel's level in a normal distribution (Ho et al. 2020, equation 13).
 
-    Pixels `x` have 256 levels in [-1, 1], of which the outermost extend to infinity. It is exact to float32's
-    precision, where Ho et al.'s code approximates the error function by tanh, and stops at ln 1e-12.
+    Pixels `x` have this number of levels in [-1, 1], of which the outermost extend to infinity. It is exact to
+    float32's precision, where Ho et al.'s code approximates the error function by tanh, and stops at ln 1e-12.
     """
     scale = _exp(-log_variance / 2)
-    z, half = (x - mean) * scale, scale / 255
+    z, half = (x - mean) * scale, scale / (levels - 1)
     # By symmetry in the left tail, where the logarithm of a small probability keeps its digits.
     upper, lower = _log_ndtr(half - z.abs()), _log_ndtr(-half - z.abs())
     inside = upper + (-torch.expm1(lower - upper)).log()
     darkest, brightest = _log_ndtr(half + z), _log_ndtr(half - z)
-    return torch.where(x < -1 + 1 / 255, darkest, torch.where(x > 1 - 1 / 255, brightest, inside))
+    edge = 1 - 1 / (levels - 1)
+    return torch.where(x < -edge, darkest, torch.where(x > edge, brightest, inside))
 
 
 def _log_ndtr(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Batch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """The images, uint8 [b, C, H, W], or mean and log-variance of latents, float16 [b, 2 C, h, w]."""
+        """The images, uint8 or uint16 [b, C, H, W], or mean and log-variance of latents, float16 [b, 2 C, h, w]."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -110,7 +110,7 @@ class MicroBatch:
         if settings.latents:
             x_start, applied = settings.latents.drawn(seed, self.numbers, self.images), None
         else:
-            # From uint8 to float32 in [-1, 1], and labels of the augmentation for the network.
+            # From integers to float32 in [-1, 1], and labels of the augmentation for the network.
             x_start, applied = settings.augmentation.apply(self.images, self.augmentations)
         x_start = laid_out(x_start)
         shape = tuple(x_start.shape[1:])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 PINNED = "requirements-torch-cpu.txt"
-EXTRAS = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet", "lsun")
+EXTRAS = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet", "lsun", "tiff")
 ONLY_FOR_TORCH = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)==")
 HEADER = "# Written by `make locks`; do not edit.\n"
 

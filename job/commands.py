@@ -124,7 +124,8 @@ def evaluate_command(request: EvaluateRequest) -> None:
 
 def pack_command(request: PackRequest) -> None:
     """Packs a source, or indexes tars in place, and prints the facts of the dataset."""
-    from job.data.pack import check_absent, existing_index, pack
+    from job.data.making import check_absent, existing_index
+    from job.data.pack import pack
     from job.data.source import forget
     from job.verbs.upkeep import check_unused
 
@@ -144,10 +145,10 @@ def pack_command(request: PackRequest) -> None:
                 index = pack(bucket, part, stop=stop)
             except BadDataError:
                 # The next attempt must not find the damaged download in the cache.
-                forget(request.source)
+                forget(request.source, request.condition)
                 raise
             _say_made(index, bucket, part.name, part.slice)
-        forget(request.source)
+        forget(request.source, request.condition)
 
 
 def encode_command(request: EncodeRequest) -> None:

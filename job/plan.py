@@ -268,7 +268,8 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
     for key, (chosen, there) in follows.items():
         if chosen is not None and chosen != there:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
-    changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name, "data.classes": ()}
+    changes = {key: there for key, (_, there) in follows.items()}
+    changes |= {"data.dataset": index.name, "data.classes": (), "data.bits": index.bits}
     if config.model.num_classes == 0:
         # The user asked for a network without classes.
         del changes["model.num_classes"]

@@ -212,6 +212,7 @@ class SampleRequest(LaunchedOptions):
     nearest: bool | None = option(
         "--nearest/--no-nearest", "Show the nearest training image beside each sample, or not.", None
     )
+    show: str = option("--show LIST", "Channels that pictures show as red, green and blue, such as 3,2,1; or one.")
     batch_size: int | None = option("--batch-size N", "Images at once on each process.", None, min=1)
     count: int | None = option("--count IMAGES", "Save this many images, one per seed.", None, min=1, max=MAX_COUNT)
     save: str = option(
@@ -246,7 +247,7 @@ class SampleRequest(LaunchedOptions):
         if self.autoguidance is not None:
             run, at, epoch = self.autoguidance.partition("@")
             keys |= {"autoguidance_run": run, "autoguidance": epoch} if at else {"autoguidance": run}
-        others = {"nearest": self.nearest, "batch_size": self.batch_size}
+        others = {"nearest": self.nearest, "batch_size": self.batch_size, "show": self.show or None}
         return keys | {key: value for key, value in others.items() if value is not None}
 
     def check(self) -> Self:

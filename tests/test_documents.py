@@ -24,7 +24,7 @@ DOCKER = ROOT / "docker"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 FAULTS = (ROOT / "docs/what-happens-when.md").read_text()
 CRASHED = {"1", "137"}
-IN_IMAGE = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet", "lsun")
+IN_IMAGE = ("gs", "s3", "az", "evaluate", "latents", "web", "parquet", "lsun", "tiff")
 """The extras that jobs have."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]

@@ -49,6 +49,7 @@ CHOSEN_ELSEWHERE = {
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
     "data.latents": "--dataset NAME",
+    "data.bits": "--dataset NAME",
     "data.classes": "ddpm import",
     "data.order": "the program",
     **dict.fromkeys(

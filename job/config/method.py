@@ -110,7 +110,7 @@ def prediction_of(config: RunConfig) -> Prediction:
 
 def objective_of(config: RunConfig) -> Objective:
     """Returns the training loss."""
-    parts = process_of(config), prediction_of(config), config.diffusion, config.sample
+    parts = process_of(config), prediction_of(config), config.diffusion, config.sample, 2**config.data.bits
     if config.diffusion.objective == "consistency":
         return ConsistencyObjective(*parts, config.consistency)
     return Objective(*parts)

@@ -114,6 +114,7 @@ class DataConfig(ConfigSection):
     dataset_id: Annotated[str, "hash of the dataset's images"] = ""
     size: Annotated[Size | None, "pixels of a side, or width x height such as 96x64; null: as in the dataset"] = None
     channels: Annotated[int | None, Field(ge=1, le=256), "channels of the images; null: as in the dataset"] = None
+    bits: Annotated[Literal[8, 16], "bits of a value of the images"] = 8
     latents: Annotated[bool, "the images are latents of an autoencoder"] = False
     classes: Annotated[tuple[ClassName, ...], "names of the classes of an imported run without a dataset"] = ()
     flip: Annotated[bool, "mirror half of the images, chosen at random"] = True
@@ -284,6 +285,16 @@ class SampleConfig(SamplerConfig):
     ] = None
     batch_size: Annotated[int, Field(ge=1, le=10_000), "images at once on each process"] = 64
     nearest: Annotated[bool, "show the nearest training image beside each sample"] = False
+    show: Annotated[
+        tuple[Count, ...], "channels that grids show as red, green and blue, such as 3,2,1; or one; empty: the first"
+    ] = ()
+
+    @field_validator("show")
+    @classmethod
+    def _is_shown(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) not in (0, 1, 3):
+            raise ValueError("name one channel, or three such as 3,2,1")
+        return value
 
 
 class EvaluateConfig(ConfigSection):
@@ -368,6 +379,7 @@ class RunConfig(ConfigSection):
         something_is_learnt(self)
         best_checkpoint_has_a_score(self)
         samples_use_what_is_learnt(self)
+        shown_channels_exist(self)
         grid_starts_at_noise(self)
 
     def to_yaml(self) -> str:
@@ -394,6 +406,12 @@ def network_takes_its_inputs(config: RunConfig) -> None:
             raise ValueError(f"forward of {model.network} takes no {lacking[0]}: add {lacking[0]}=None")
     if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
         raise ValueError(f"model.kind={model.kind} cannot take diffusion.self_conditioning and data.augment")
+
+
+def shown_channels_exist(config: RunConfig) -> None:
+    """Grids show channels that the images have."""
+    if config.data.channels and max(config.sample.show, default=0) > config.data.channels:
+        raise ValueError(f"sample.show={config.sample.show}: the images have {config.data.channels} channels")
 
 
 def something_is_learnt(config: RunConfig) -> None:

@@ -59,10 +59,13 @@ def preview_png(bucket: Store, index: DatasetIndex, folder: Path | None = None, 
         groups = _by_class(reader, rng, len(names))
         if not any(map(len, groups)):
             names, groups = [], [np.sort(rng.choice(index.images, min(IMAGES, index.images), replace=False))]
-        images = reader.read(np.concatenate(groups))
+        images = figures.shown(reader.read(chosen := np.concatenate(groups)))
+        if index.condition_channels:
+            images = figures.side_by_side(images, figures.shown(reader.conditions(chosen)))
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     hidden, title = len(index.classes) - len(names), f"{index.name}-{index.size}"
     title += f" · {hidden:,} of {len(index.classes):,} classes not shown" if hidden else ""
+    title += f" · {view}" if (view := index.how_shown()) else ""
     return figures.png(figures.contact_sheet(images, labels.tolist() if names else None, names, COLUMNS, title))
 
 

@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ddpm.augment import Latents
+from ddpm.augment import Latents, in_unit_range
 from ddpm.device import best_device
 from ddpm.image_size import ImageSize
 from ddpm.memory import Fitting
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
-from job.data.images import codec_versions, encode_latents
-from job.data.pack import Packing, check_absent, make_dataset
+from job.data.codecs import codec_versions, encode
+from job.data.making import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
 from job.data.reading.cache import ImageCache
 from job.exits import BadConfigError, BadDataError, BadRequestError, needs_extra
@@ -43,7 +43,10 @@ from job.store.files import default_cache_dir, os_errors, scratch_folder
 ENCODED_IMAGES = 16
 """Images per batch."""
 CONFIG, WEIGHTS = shards.AUTOENCODER
-_KEPT = {"classes", "crop", "resize_filter", "licence", "source", "hold_out"}
+_KEPT = {
+    *("classes", "crop", "resize_filter", "licence", "source", "hold_out"),
+    *("vector_names", "vector_mean", "vector_std"),
+}
 """The fields that the index of latents takes from that of the images."""
 
 Decoder = Callable[[Tensor], Tensor]
@@ -182,6 +185,10 @@ def _encoder(
         )
     if any(side % 2**halvings for side in source.size.shape):
         raise BadConfigError(f"{where} halves images {halvings} times, and {source.size} pixels cannot be")
+    if source.condition_channels:
+        raise BadConfigError(f"{source.name} has conditions in pixels, which latents do not take: pack it without them")
+    if source.bits != 8:
+        raise BadConfigError(f"{source.name} has {source.bits} bits, and autoencoders know 8: pack it with --bits 8")
     size = ImageSize(*(side // 2**halvings for side in source.size.shape))
     weights = save({key: tensor.float().contiguous() for key, tensor in sorted(tensors.items())})
     files = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), weights
@@ -217,9 +224,10 @@ class _Encoding(Packing):
             self._stop.check(f"while {self.title}", "the same command goes on behind the last shard")
             some = np.arange(start, min(start + ENCODED_IMAGES, last))
             moments = np.concatenate(self._fitting.in_parts(self._moments, some))
-            labels = self._images.labels(some).tolist()
-            for image, one, label in zip(some.tolist(), moments, labels, strict=True):
-                writer.add(f"{image:09d}", encode_latents(one), label, "npy")
+            labels, vectors = self._images.labels(some).tolist(), self._images.numbers(some).tolist()
+            for image, one, label, vector in zip(some.tolist(), moments, labels, vectors, strict=True):
+                numbers = dict(zip(self._source.vector_names, vector, strict=True))
+                writer.add(f"{image:09d}", encode(one.transpose(1, 2, 0)), label, "npy", numbers)
             mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
             sums += mean.sum(axis=(0, 2, 3))
             squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
@@ -239,7 +247,7 @@ class _Encoding(Packing):
         network = self._encoder.network
         device = next(network.parameters()).device
         with torch.inference_mode():
-            pixels = torch.from_numpy(self._images.read(numbers)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = in_unit_range(torch.from_numpy(self._images.read(numbers)).to(device).permute(0, 3, 1, 2))
             found = network.encode(pixels).latent_dist  # type: ignore[operator]
             moments: np.ndarray = torch.cat([found.mean, found.logvar], dim=1).half().cpu().numpy()
         if (bad := numbers[~np.isfinite(moments).all(axis=(1, 2, 3))]).size:

@@ -17,35 +17,44 @@ import json
 import logging
 import math
 import os
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from job.coordination.pieces import RECORDS, WHOLE, Advance, Made, OtherWorkError, PieceRecord, Pieces, Slice
+from job.coordination.pieces import RECORDS, Advance, Made, PieceRecord
 from job.data import shards
 from job.data.checks import preview_png
-from job.data.images import RejectedImageError, UndecidedImageError, codec_versions, encode_png, prepare
+from job.data.codecs import codec_versions, encode, kind_of
+from job.data.images import Recipe, RejectedImageError, UndecidedImageError, prepare, upright_size
+from job.data.making import Packing, check_absent, existing_index, make_dataset
 from job.data.pack_request import FIRST_IMAGES, PackRequest
-from job.data.source import chosen_source
+from job.data.source import chosen_source, numbered, with_conditions
 from job.data.source.archives import Sample, find_tars
 from job.data.source.labels import split_labels
-from job.data.source.members import Member, split_in
-from job.data.source.survey import lacking_labels, no_images, survey
+from job.data.source.members import Member, Source, split_in
+from job.data.source.survey import (
+    Vectors,
+    condition_pairs,
+    lacking_labels,
+    no_images,
+    path_stem,
+    survey,
+    vectors_in,
+)
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import some_of
 from job.stop import NEVER, Stop, in_order
-from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store import Store
 from job.store.files import os_errors, scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
-_PIXELS = "size", "channels", "crop", "resize_filter", "pixel_range"
+_PIXELS = "size", "channels", "bits", "crop", "resize_filter", "pixel_range"
 """Fields of a recipe, an index and a request that decide the pixels of packed images."""
 
 
@@ -98,116 +107,17 @@ def is_source_of(bucket: Store, request: PackRequest, index: shards.DatasetIndex
     return _Copying(bucket, request.check(), Path(), stop=stop, shard_images=None).is_of(index)
 
 
-class Packing(abc.ABC):
-    """A source, and how its pieces become the shards of a dataset.
-
-    Attributes:
-        key: the dataset's folder in the bucket.
-        where: the source, for messages.
-        title: of the progress bar.
-        unit: of the sizes.
-        sizes: the size of each piece.
-        fingerprint: SHA-256 of all that decides the shards.
-        held_out_key: a dataset that must be there first, since a run on this one looks for it; empty for none.
-        equal_bytes: whether every machine makes the same bytes.
-    """
-
-    key = where = title = fingerprint = held_out_key = ""
-    unit = "images"
-    sizes: Sequence[float] = ()
-    equal_bytes = True
-
-    @abc.abstractmethod
-    def made(self, number: int, advance: Advance) -> Made:
-        """Makes a piece."""
-
-    @abc.abstractmethod
-    def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
-        """Creates the index, which makes the dataset exist, and deletes shards that it does not name."""
-
-
-def make_dataset(bucket: Store, packing: Packing, slice_text: str, stop: Stop) -> shards.DatasetIndex | None:
-    """Makes a dataset, or resumes it.
-
-    Returns:
-        The index as it lies in the bucket, or None while other machines are still making pieces.
-
-    Raises:
-        BadRequestError: something else lies there already.
-        BadDataError: a piece was damaged; the same command makes it again.
-        StoppedError: `stop` said so; whole pieces are saved.
-    """
-    dataset, share = bucket.sub(packing.key), Slice.parse(slice_text)
-    way = f"choose another name, or {shards.deleting(bucket, packing.key)} and type this command again"
-    pieces = Pieces(
-        dataset,
-        packing.fingerprint,
-        packing.sizes,
-        share=share,
-        result=shards.INDEX,
-        equal_bytes=packing.equal_bytes,
-    )
-    try:
-        if made := _made(bucket, packing):
-            return made
-        dataset.check_writable(f"{RECORDS}/{uuid.uuid4().hex}")
-        pieces.make_missing(packing.made, packing.title, unit=packing.unit, stop=stop)
-        if packing.held_out_key and not existing_index(bucket, packing.held_out_key):
-            return None
-        # Without a record: others are still making pieces, or have created the index and cleared up.
-        with suppress(ObjectMissingError):
-            packing.publish(dataset, pieces.whole_records(stop))
-        if made := _made(bucket, packing):
-            pieces.clear()
-        elif share == WHOLE:
-            raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}")
-        return made
-    except OtherWorkError:
-        raise BadRequestError(
-            f"{dataset.uri} holds shards of other images than {packing.where} has now, or with other parameters: {way}"
-        ) from None
-    except ObjectExistsError as error:
-        raise BadRequestError(f"{error}: another process packs something else there: {way}") from None
-
-
-def existing_index(bucket: Store, key: str) -> shards.DatasetIndex | None:
-    """Returns the index of a dataset; None if it is missing."""
-    return shards.load_index(bucket, key) if bucket.exists(f"{key}/{shards.INDEX}") else None
-
-
-def check_absent(bucket: Store, key: str, unless: object) -> None:
-    """Checks that the bucket lacks a dataset, `unless` this process is one of several, or is to replace it.
-
-    Raises:
-        BadRequestError: it is there.
-    """
-    if not unless and (there := existing_index(bucket, key)):
-        raise BadRequestError(
-            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop "
-            f"{there.crop}. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
-        )
-
-
-def _made(bucket: Store, packing: Packing) -> shards.DatasetIndex | None:
-    """Returns the index of a dataset that is finished.
-
-    Raises:
-        OtherWorkError: it was made of something else.
-    """
-    index = existing_index(bucket, packing.key)
-    if index and index.fingerprint != packing.fingerprint:
-        raise OtherWorkError(packing.key)
-    return index
-
-
 class _Packing(Packing):
     """Images, and how they become shards.
 
     Attributes:
         of_index: the fields of the index that the source decides.
         recipe: how the images are converted.
+        condition_recipe: how their conditions are converted, if there are any.
         remarks: what a person has to know before the dataset is made.
     """
+
+    condition_recipe: Recipe | None = None
 
     def __init__(
         self, bucket: Store, request: PackRequest, folder: Path, *, stop: Stop, shard_images: int | None
@@ -296,8 +206,8 @@ class _Packing(Packing):
         """Returns the offset tables of tars that are left out, since others have labels; none of a copied source."""
         return set()
 
-    def _check(self, sample: Sample) -> tuple[Sample, bytes, Counter[str], str]:
-        """Returns a sample, what is copied of it, how its pixels changed, and why it is left out, if it is."""
+    def _check(self, sample: Sample) -> tuple[Sample, list[bytes], Counter[str], str]:
+        """Returns a sample, the files that are copied of it, how its pixels changed, and why it is left out, if so."""
         converted = Counter[str]()
         try:
             pixels = prepare(sample.content, self.recipe, converted)
@@ -305,16 +215,26 @@ class _Packing(Packing):
                 raise UndecidedImageError(
                     f"is in colour, and the first {FIRST_IMAGES} are grey: add --channels 3, or 1"
                 )
-            return sample, b"" if self._request.tars else encode_png(pixels), converted, ""
+            if converted["8-bit"] and not self._request.bits:
+                raise UndecidedImageError(f"has 8 bits, and the first {FIRST_IMAGES} have more: add --bits 16, or 8")
+            if self._request.tars:
+                return sample, [], converted, ""
+            if self.condition_recipe is None:
+                return sample, [encode(pixels)], converted, ""
+            if sample.condition is None:
+                raise RejectedImageError("has no condition")
+            of = upright_size(sample.content)
+            condition = prepare(sample.condition, self.condition_recipe, of=of)
+            return sample, [encode(pixels), encode(condition)], converted, ""
         except UndecidedImageError as error:
             raise BadDataError(f"{self.where}: {sample.name!r} {error}") from None
         except RejectedImageError as error:
-            return sample, b"", Counter(), str(error)
+            return sample, [], Counter(), str(error)
 
     def _check_stop(self) -> None:
         self._stop.check(f"while packing {self._request.name}", "the same command goes on behind the last whole shard")
 
-    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[tuple[Sample, bytes | None]]:
+    def _checked(self, samples: Iterable[Sample], facts: dict[str, Any]) -> Iterator[tuple[Sample, list[bytes] | None]]:
         """Decodes samples in threads, in order, and yields what is copied of them; None of those that are left out.
 
         Adds these to `facts`, and what was converted.
@@ -323,13 +243,13 @@ class _Packing(Packing):
         window = _IMAGES_PER_THREAD * (threads := os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as workers:
             checks = in_order(workers, self._check, samples, window, self._check_stop)
-            for sample, png, converted, reason in checks:
+            for sample, files, converted, reason in checks:
                 facts["converted"].update(converted)
                 if reason:
                     facts["rejects"].append({"name": sample.name, "reason": reason})
                     self._rejects += facts["rejects"][-1:]
                     self._check_rejects()
-                yield sample, None if reason else png
+                yield sample, None if reason else files
 
     def _first_rejects(self) -> str:
         more = len(self._rejects) - _NAMED_REJECTS
@@ -338,12 +258,21 @@ class _Packing(Packing):
 
 
 class _Copying(_Packing):
-    """Images are decoded, prepared and written into shards as PNG; a piece is so many images of the source."""
+    """Images are decoded, prepared and written into shards; a piece is so many images of the source."""
+
+    _vectors = Vectors()
+    _conditions: Source | None = None
+    _paired: Set[str] = frozenset()
 
     def _survey(self) -> dict[str, Any]:
         request = self._request
         source = chosen_source(request, self._bucket, self._check_stop)
-        self.where, self._source = source.where, source
+        self.where = source.where
+        if request.condition:
+            source, self._conditions = with_conditions(request, source, self._bucket)
+            # A stream is read in order.
+            source = replace(source, readers=min(source.readers, self._conditions.readers))
+        self._source = source
         self._found = survey(source, request.classes, request.unlabelled == "drop", self._check_stop)
         table = source.table
         if (request.labels or table) and request.classes is not False and self._found.classes_from != "labels":
@@ -353,23 +282,41 @@ class _Copying(_Packing):
             raise BadRequestError(f"{self.where}: none of its images has a label {which}")
         # Classes are those of all images, even where one part lacks some.
         share = request.hold_out_share
+        if request.vector:
+            columns = numbered(request, source, self._bucket)
+            self._vectors = vectors_in(columns, self._found, self._check_stop)
+        listing_sha256, of_conditions = self._vectors.sha256 or self._found.sha256, dict[str, Any]()
         if not (images := sum(1 for _ in self._chosen()) if share else self._found.images):
             part = "no image" if request.is_held_out else "all images"
             raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
         self.remarks = [*filter(None, (source.note, *self._found.notes))]
         skipped = dict(sorted(source.skipped.items()))
         self.recipe = request.recipe(content for _, content in source.loaded(islice(source.images(), FIRST_IMAGES)))
+        if found := self._conditions:
+            pairs = condition_pairs(source, found, self._check_stop)
+            first = (content for _, content in found.loaded(islice(found.images(), FIRST_IMAGES)))
+            self._paired, self.condition_recipe = pairs.stems, request.condition_recipe(self.recipe, first)
+            listing_sha256 = hashlib.sha256(f"{listing_sha256} {pairs.sha256}".encode()).hexdigest()
+            of_conditions["condition_channels"] = self.condition_recipe.channels
+            of_conditions["condition_from"] = request.condition if request.condition[0] == ":" else found.name
+            lonely = f", {pairs.lonely:,} images without a condition: named in the rejects" * bool(pairs.lonely)
+            self.remarks.append(f"{self.where}: {len(pairs.stems):,} pairs{lonely}")
         self.of_index = {
+            **of_conditions,
             "source": source.name,
-            "listing_sha256": self._found.sha256,
+            "listing_sha256": listing_sha256,
             "classes": self._found.classes,
             "classes_from": self._found.classes_from,
             "splits": self._found.splits,
             "unlabelled_images": self._found.unlabelled_images,
             "skipped": skipped,
+            "vector_names": self._vectors.names,
+            "vector_mean": self._vectors.mean,
+            "vector_std": self._vectors.std,
         }
         self._members, self._next = self._chosen(), 0
-        shape_bytes = math.prod(self.recipe.size.shape) * self.recipe.channels
+        channels = self.recipe.channels + of_conditions.get("condition_channels", 0)
+        shape_bytes = math.prod(self.recipe.size.shape) * channels * self.recipe.bits // 8
         self._shard_images = self._shard_images or max(1, shards.SHARD_PIXEL_BYTES // shape_bytes)
         self.sizes = [min(self._shard_images, images - first) for first in range(0, images, self._shard_images)]
         return {
@@ -377,15 +324,20 @@ class _Copying(_Packing):
             "classes": self._found.classes,
             "classes_from": self._found.classes_from,
             "part": (share, request.is_held_out),
-            "images": self._found.sha256,
+            "condition": asdict(self.condition_recipe) | {"size": ""} if self.condition_recipe else {},
+            "images": listing_sha256,
         }
 
-    def _chosen(self) -> Iterator[tuple[Member, int]]:
-        """Yields the images of this part of the source with their classes, -1 without."""
+    def _chosen(self) -> Iterator[tuple[Member, int, int]]:
+        """Yields the images of this part of the source with their classes, -1 without, and numbers in the source."""
+        conditions = self._conditions.images() if self._conditions else iter(())
         for number, member in enumerate(self._source.images()):
-            label = self._found.label(number)
+            label, condition = self._found.label(number), None
+            if (stem := path_stem(member.name)) in self._paired:
+                condition = next(other for other in conditions if path_stem(other.name) == stem)
             if label is not None and self._request.takes(member.name):
-                yield member, label
+                # Read together, while both can be read.
+                yield replace(member, read=partial(_both, member, condition)), label, number
 
     def made(self, number: int, advance: Advance) -> Made:
         """Writes a shard; see `_Packing`."""
@@ -394,11 +346,13 @@ class _Copying(_Packing):
         facts: dict[str, Any] = {"shard": None}
         read = 0
         writer: shards.ShardWriter | None = None
-        for image, (sample, png) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
-            if png is not None:
+        kind, of_conditions = kind_of(self.recipe.channels), self.condition_recipe
+        for image, (sample, files) in zip(numbers, self._checked(self._samples(numbers), facts), strict=False):
+            if files is not None:
                 with os_errors(self._folder):
                     writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
-                    writer.add(f"{image:09d}", png, sample.label)
+                    condition = (kind_of(of_conditions.channels), files[1]) if of_conditions else None
+                    writer.add(f"{image:09d}", files[0], sample.label, kind, sample.numbers, condition)
             read += 1
             advance(1)
         if read < len(numbers):
@@ -416,9 +370,14 @@ class _Copying(_Packing):
         chosen = islice(self._members, numbers.start - self._next, numbers.stop - self._next)
         self._next = numbers.stop
         members, labelled = tee(chosen)
-        loaded = self._source.loaded(member for member, _ in members)
-        for (name, content), (_, label) in zip(loaded, labelled, strict=False):
-            yield Sample(name, content, label)
+        loaded = self._source.loaded(member for member, *_ in members)
+        for (name, both), (_, label, number) in zip(loaded, labelled, strict=False):
+            content, condition = cast("tuple[bytes, bytes | None]", both)
+            yield Sample(name, content, label, numbers=self._vectors.of(number), condition=condition)
+
+
+def _both(image: Member, condition: Member | None) -> Any:
+    return image.read(), condition.read() if condition else None
 
 
 class _InPlace(_Packing):
@@ -451,8 +410,8 @@ class _InPlace(_Packing):
         tar, digests = self._tars[number], shards.Digests()
         facts: dict[str, Any] = {"shard": None, "highest_label": -1}
         records, unlabelled, read_bytes = list[shards.Record](), list[str](), 0
-        for sample, png in self._checked(tar.samples(digests, self._label_key), facts):
-            if png is not None:
+        for sample, files in self._checked(tar.samples(digests, self._label_key), facts):
+            if files is not None:
                 if sample.label < 0:
                     unlabelled.append(sample.name)
                 records.append((sample.offset, len(sample.content), sample.label, shards.image_hash(sample.content)))
@@ -466,7 +425,7 @@ class _InPlace(_Packing):
         if not records:
             return Made({}, facts)
         shard, offsets = digests.shard(shards.shard_name(number), records, tar.uri)
-        facts |= {"shard": shard.model_dump(), "highest_label": max(label for _, _, label, _ in records)}
+        facts |= {"shard": shard.model_dump(), "highest_label": max(record[2] for record in records)}
         return Made({shard.offsets_name: offsets}, facts)
 
     def _decide_classes(self, facts: list[dict[str, Any]]) -> set[str]:

@@ -52,11 +52,16 @@ class PackRequest(JobOptions):
     """Here also the pixels of a side of squares; a checked request has an `ImageSize`."""
     _: KW_ONLY
     crop: str = option("--crop CROP", "center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")
-    resize_filter: str = option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear or box.")
+    resize_filter: str = option("--filter NAME", "Filter for resizing: lanczos, bicubic, bilinear, box, or nearest.")
     channels: int | None = option(
-        "--channels N", "3 for colour, 1 for grey. Default: 1 if the first 64 images are grey, else 3.", None
+        "--channels N",
+        "3 for colour, 1 for grey, up to 16 for arrays and TIFF. Default: those of the first 64 images.",
+        None,
     )
     """None: 1 if the first images are all grey, and then all others must be."""
+    bits: int | None = option(
+        "--bits 8|16", "Bits of a value. Default: 16 if the first 64 images all have more than 8, else 8.", None
+    )
     pixel_range: str = option(
         "--range LOW,HIGH",
         "The values of black and white in images of more than 8 bits, such as 0,4095. Default: those of the file.",
@@ -70,6 +75,20 @@ class PackRequest(JobOptions):
     labels: str = option(
         "--labels FILE[:COLUMN]",
         "Table of labels by file name (.csv, .jsonl, .json, .txt); :COLUMN alone: a label of SOURCE.",
+    )
+    vector: str = option(
+        "--vector FILE:COLUMNS",
+        "Numbers of each image, as a condition: columns of a table by file name, such as t.csv:age,angle; :COLUMNS "
+        "alone: of SOURCE.",
+    )
+    condition: str = option(
+        "--condition SOURCE",
+        "Images of the same places, as conditions: of equal paths but suffixes in another source; :NAME: NAME.png "
+        "beside each image as a.NAME.png, or a column.",
+    )
+    condition_filter: str = option(
+        "--condition-filter NAME",
+        "Filter of conditions. Default: nearest for palettes and one bit, which are masks, else that of --filter.",
     )
     licence: str = option("--licence TEXT", "Licence of the images, kept as a note.")
     max_bad: int = option("--max-bad N", "Give up after N unreadable images.", 100, min=0)
@@ -172,14 +191,29 @@ class PackRequest(JobOptions):
     def recipe(self, first_images: Iterable[bytes] = ()) -> "Recipe":
         """Returns how a checked request converts each image of a source that begins with these.
 
-        They are read if no channels are chosen.
+        They are read unless channels, bits and, for 16 bits, the range are chosen.
         """
-        from job.data.images import Recipe, are_grey
+        from job.data.images import Found, Recipe, found_in
 
         assert self.size is not None
         min_side = max(self.size.shape) // 2 if self.min_side is None else self.min_side
-        channels = self.channels or (1 if are_grey(first_images) else 3)
-        return Recipe(self.size, self.crop, self.resize_filter, channels, min_side, self.pixel_range)
+        is_chosen = self.channels and self.bits and (self.pixel_range or self.bits == 8)
+        found = Found() if is_chosen else found_in(first_images)
+        channels, bits = self.channels or found.channels, self.bits or found.bits
+        # One range for all images: a scale of its own for each would change what a value means.
+        pixel_range = self.pixel_range or (found.pixel_range if bits == 16 else "")
+        return Recipe(self.size, self.crop, self.resize_filter, channels, min_side, pixel_range, bits)
+
+    def condition_recipe(self, of_images: "Recipe", first_conditions: Iterable[bytes]) -> "Recipe":
+        """Returns how conditions that begin with these are converted, beside images of a recipe."""
+        from job.data.images import found_in, is_mask
+
+        first = list(first_conditions)
+        found = found_in(first)
+        usual = "nearest" if first and all(map(is_mask, first)) else of_images.resize_filter
+        pixel_range = self.pixel_range or found.pixel_range
+        like_images = replace(of_images, resize_filter=self.condition_filter or usual, pixel_range=pixel_range)
+        return replace(like_images, channels=found.channels, min_side=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +232,8 @@ class IndexRequest(PackRequest):
 
     command = ("data", "index")
     option_names: ClassVar = (
-        "tars name size crop resize_filter channels pixel_range classes labels unlabelled licence max_bad min_side "
-        "slice stop_after bucket"
+        "tars name size crop resize_filter channels bits pixel_range classes labels unlabelled licence max_bad "
+        "min_side slice stop_after bucket"
     )
     source: str = ""
     tars: Annotated[tuple[str, ...], Option("URI", "Tars, folders of tars or patterns; paths or URLs.")] = field()
@@ -219,7 +253,8 @@ class EnsureRequest(PackRequest):
 
     command = ("data", "ensure")
     option_names: ClassVar = (
-        "name source size channels pixel_range classes labels split unlabelled replaces on targets bucket"
+        "name source size channels bits pixel_range classes labels vector condition condition_filter split unlabelled "
+        "replaces on targets bucket"
     )
     source: str = option("--source SOURCE", "Images to pack if the dataset is missing, or to compare.")
     on: str = option("--on TARGET", "Target whose bucket to use.")

@@ -1,8 +1,9 @@
 """The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index.
 
     BUCKET/datasets/NAME-SIZE/index.json            written last, once: the dataset exists when the index does
-                              shard-00000.tar       key.png (of latents key.npy) and, with classes, key.cls
-                              shard-00000.offsets   a record of OFFSETS_DTYPE per image
+                              shard-00000.tar       key.png (key.npy of latents and of other than 1 or 3 channels)
+                                                    and, if there are any, key.cond.png, key.cls and key.json
+                              shard-00000.offsets   a record of `offsets_dtype` per image
                               rejects.jsonl         the images that were left out, if any
                               preview.png           some images, by class: for people
 
@@ -22,10 +23,10 @@ import math
 import re
 import shlex
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,8 @@ SHARD_PIXEL_BYTES = 96 << 20
 """Pixels of the images of a shard, which make about 64 MB of PNG."""
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("sha256", "V16")])
 """The place of an image's encoded bytes in its tar, its class (-1 without classes), and `image_hash` of the bytes."""
-Record = tuple[int, int, int, bytes]
-"""A row of an offset table."""
+Record = tuple[Any, ...]
+"""A row of an offset table; see `offsets_dtype`."""
 SHARDS_DTYPE = np.dtype(
     [("number", "<u4"), ("images", "<u4"), ("bytes", "<u8"), ("sha256", "V32"), ("offsets_sha256", "V32")]
 )
@@ -60,6 +61,16 @@ SHARDS_DTYPE = np.dtype(
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 _TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]")
+
+
+def offsets_dtype(numbers: int, has_condition: bool) -> np.dtype[Any]:
+    """Returns OFFSETS_DTYPE, with the size of the condition, and a vector of k numbers as float32, if there are any.
+
+    The condition is the next file of the tar behind the image; the hash is over both.
+    """
+    condition: list[Any] = [("condition_bytes", "<u4")] if has_condition else []
+    vector: list[Any] = [("vector", "<f4", (numbers,))] if numbers else []
+    return np.dtype([*OFFSETS_DTYPE.descr, *condition, *vector])
 
 
 def image_hash(encoded: bytes) -> bytes:
@@ -178,9 +189,11 @@ class Digests:
         self.size_bytes += len(data)
         self._sha256.update(data)
 
-    def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
+    def shard(
+        self, name: str, records: Sequence[Record], uri: str = "", dtype: np.dtype[Any] = OFFSETS_DTYPE
+    ) -> tuple[Shard, bytes]:
         """Returns the index's record of the tar that was streamed, and the table of its images."""
-        offsets = np.array(records, OFFSETS_DTYPE).tobytes()
+        offsets = np.array(records, dtype).tobytes()
         shard = Shard(
             name=name,
             bytes=self.size_bytes,
@@ -202,12 +215,30 @@ class ShardWriter:
         """Size and hash of the bytes written so far."""
         self._file = path.open("wb")
         self._records: list[Record] = []
+        self._dtype = OFFSETS_DTYPE
 
-    def add(self, key: str, encoded: bytes, label: int, kind: str = "png") -> None:
-        """Appends `key.png`, or another kind, and `key.cls` for a label of 0 or more."""
-        place = self.digests.size_bytes + tarfile.BLOCKSIZE
-        self._records.append((place, len(encoded), label, image_hash(encoded)))
-        files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+    def add(
+        self,
+        key: str,
+        encoded: bytes,
+        label: int,
+        kind: str = "png",
+        numbers: Mapping[str, float] | None = None,
+        condition: tuple[str, bytes] | None = None,
+    ) -> None:
+        """Appends `key.png`, or another kind, `key.cls` for a label of 0 or more, and `key.json` for a vector.
+
+        The kind and content of a condition become `key.cond.png`.
+        """
+        place, files = self.digests.size_bytes + tarfile.BLOCKSIZE, {f"{key}.{kind}": encoded}
+        record: Record = place, len(encoded), label, image_hash(encoded + (condition[1] if condition else b""))
+        if condition:
+            files[f"{key}.cond.{condition[0]}"] = condition[1]
+            record = *record, len(condition[1])
+        files |= {f"{key}.cls": str(label).encode()} if label >= 0 else {}
+        files |= {f"{key}.json": json.dumps(dict(numbers)).encode()} if numbers else {}
+        self._records.append((*record, tuple(numbers.values())) if numbers else record)
+        self._dtype = offsets_dtype(len(numbers or ()), condition is not None)
         for name, content in files.items():
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -217,7 +248,7 @@ class ShardWriter:
         """Closes the file, and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        return self.digests.shard(self.path.name, self._records)
+        return self.digests.shard(self.path.name, self._records, dtype=self._dtype)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -248,16 +279,22 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
+    condition_channels: int = Field(default=0, ge=0, le=16, description="of the condition image of each image")
+    condition_from: str = Field(default="", description="base name of the source of condition images")
+    vector_names: tuple[str, ...] = Field(default=(), description="of the numbers of each image")
+    vector_mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    vector_std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     encoding: Encoding | None = Field(default=None, description="of latents: mean and log-variance as float16")
     classes: tuple[str, ...] = ()
     classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
     splits: tuple[str, ...] = Field(default=(), description="of the source, if several became this dataset")
     crop: str
     resize_filter: str
-    pixel_range: str = Field(default="", description="LOW,HIGH: what integers of more than 8 bits became 0 and 255")
+    bits: Literal[8, 16] = Field(default=8, description="of a value of images")
+    pixel_range: str = Field(default="", description="LOW,HIGH: black and white in integers of more than 8 bits")
     licence: str = ""
     source: str = Field(description="base name of what was packed")
-    listing_sha256: str = Field(default="", description="over names, sizes and labels of the source, of copied images")
+    listing_sha256: str = Field(default="", description="over names, sizes, labels, vectors of the source, if copied")
     held_out: str = Field(default="", description="name of the dataset of the images that were held out")
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
@@ -287,14 +324,38 @@ class DatasetIndex(Sealed):
         return int(self.shards.images.sum())
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Returns the type of a value of `image_shape`: uint8 or uint16; of latents float16."""
+        return np.dtype("<f2" if self.encoding else "<u2" if self.bits == 16 else "u1")
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Returns the shape of a decoded image in bytes; latents have two moments per channel, of two bytes each."""
-        return *self.size.shape, self.channels * (4 if self.encoding else 1)
+        """Returns height, width and channels of a decoded image; latents have two moments per channel."""
+        return *self.size.shape, self.channels * (2 if self.encoding else 1)
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """Returns the shape of a decoded image in bytes, with the channels of its condition behind its own."""
+        return *self.size.shape, (self.image_shape[2] + self.condition_channels) * self.dtype.itemsize
 
     @property
     def decoded_bytes(self) -> int:
         """Returns the size of all decoded images."""
-        return self.images * math.prod(self.image_shape)
+        return self.images * math.prod(self.row_shape)
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Returns the values in the source that are black and white, which images of 16 bits get back."""
+        low, _, high = self.pixel_range.partition(",")
+        return (int(low), int(high)) if self.bits == 16 else (0, 255)
+
+    def how_shown(self, channels: Sequence[int] = ()) -> str:
+        """Returns the window in which 8 bits show 16, and the channels that are shown, if others than one or three."""
+        words = ["{:,} to {:,} as black to white".format(*self.levels)] if self.bits == 16 else []
+        if channels or (self.channels not in (1, 3) and not self.encoding):
+            named = channels or range(1, 4 if self.channels > 2 else 2)
+            words.append(f"channel{'s' * (len(named) > 1)} {' '.join(map(str, named))}")
+        return ", ".join(words)
 
     def remarks(self, *, with_classes: bool) -> list[str]:
         """Returns what a person has to know before a run learns from it, of its classes if the run learns them."""
@@ -310,8 +371,12 @@ class DatasetIndex(Sealed):
 
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> DatasetIndex:
-        if not self.encoding and self.channels > 3:
-            raise ValueError("images have 1 to 3 channels")
+        if not self.encoding and self.channels > 16:
+            raise ValueError("images have 1 to 16 channels")
+        if self.bits == 16 and not re.fullmatch(r"-?\d{1,10},-?\d{1,10}", self.pixel_range):
+            raise ValueError("images of 16 bits have a range")
+        if not len(self.vector_names) == len(self.vector_mean) == len(self.vector_std):
+            raise ValueError("each number of a vector has a name, a mean and a deviation")
         if self.encoding and {len(self.encoding.mean), len(self.encoding.std)} != {self.channels}:
             raise ValueError("latents have a mean and a deviation for each channel")
         return self
@@ -327,6 +392,12 @@ class DatasetIndex(Sealed):
             content |= {"crop": self.crop, "resize_filter": self.resize_filter}
         if self.pixel_range:
             content |= {"pixel_range": self.pixel_range}
+        if self.bits != 8:
+            content |= {"bits": self.bits}
+        if self.condition_channels:
+            content |= {"condition_channels": self.condition_channels}
+        if self.vector_names:
+            content |= self.model_dump(include={"vector_names", "vector_mean", "vector_std"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ddpm import metrics, randomness
-from ddpm.augment import Latents
+from ddpm import figures, metrics, randomness
+from ddpm.augment import Latents, in_unit_range
 from ddpm.catalogue import METRICS
 from ddpm.memory import Fitting
 from ddpm.model import Sampling
@@ -163,8 +163,8 @@ def _make_features(
 
 @torch.inference_mode()
 def features_of(extract: ExtractorFunction, images: np.ndarray, device: torch.device) -> Named:
-    """Returns the features of images, uint8 [n, H, W, C]."""
-    features, logits = extract(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+    """Returns the features of images [n, H, W, C], in 8 bits of the channels that `figures.shown` takes."""
+    features, logits = extract(torch.from_numpy(figures.shown(images)).permute(0, 3, 1, 2).to(device))
     found = {"features": features} if logits is None else {"features": features, "logits": logits}
     return {name: tensor.float().cpu() for name, tensor in found.items()}
 
@@ -380,11 +380,9 @@ def _noised(
     Returns:
         The images and the noise, float32 [b, C, H, W], and the classes, if the network learns them.
     """
-    stored, on_host = torch.from_numpy(images.read(indices)).to(painter.device), torch.from_numpy(numbers)
-    if latents:
-        x_start = latents.drawn(SEED, on_host.to(painter.device), stored.view(torch.float16).permute(0, 3, 1, 2))
-    else:
-        x_start = stored.permute(0, 3, 1, 2) / 127.5 - 1
+    stored, on_host = torch.from_numpy(images.read(indices)).permute(0, 3, 1, 2), torch.from_numpy(numbers)
+    stored = stored.to(painter.device)
+    x_start = latents.drawn(SEED, on_host.to(painter.device), stored) if latents else in_unit_range(stored)
     offset, shape = painter.config.diffusion.offset_noise, tuple(x_start.shape[1:])
     noise = randomness.training_noise(SEED, on_host, shape, painter.device, offset)
     has_classes = painter.config.model.num_classes

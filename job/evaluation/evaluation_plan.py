@@ -277,6 +277,7 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
         resize_filter=index.resize_filter,
         images=min(index.images, images),
         of_images=index.images,
+        view=index.how_shown(),
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
     )

@@ -62,6 +62,10 @@ def export_run(request: ExportRequest) -> None:
     hub = Hub(request.push) if request.push else None
     stop = Stop().install()
     of_run = open_run(request.bucket, request.run, stop)
+    data, (channels, *_) = of_run.config.data, of_run.pixel_shape
+    if data.bits != 8 or channels not in (1, 3):
+        what = f"{data.bits} bits in {channels} channels"
+        raise BadRequestError(f"run {request.run!r} cannot be exported: others load 8 bits in 1 or 3, and not {what}")
     if isinstance(of_run.config.model, OwnSection):
         described = _described_own(of_run)
     else:

@@ -210,10 +210,15 @@ def _adapted(
         case PackRequest():
             reads = [_source(request.source, target)]
             request = replace(request, source=reads[0])
-            file, column = split_labels(request.labels)
-            if file:
-                reads.append(_source(file, target, "--labels"))
-                request = replace(request, labels=f"{reads[1]}:{column}" if column else reads[1])
+            tables = {"labels": request.labels, "vector": request.vector}
+            for name, (file, column) in {name: split_labels(text) for name, text in tables.items()}.items():
+                if file:
+                    reads.append(_source(file, target, f"--{name}"))
+                    tables[name] = f"{reads[-1]}:{column}" if column else reads[-1]
+            request = replace(request, labels=tables["labels"], vector=tables["vector"])
+            if request.condition and not request.condition.startswith(":"):
+                reads.append(_source(request.condition, target, "--condition"))
+                request = replace(request, condition=reads[-1])
             return request, reads
         case EncodeRequest():
             autoencoder = _uri_for_jobs("--autoencoder", request.autoencoder, target)

@@ -439,6 +439,8 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
         pipeline = "DDIMPipeline" if kind == "DDIMScheduler" else "DDPMPipeline"
         if config.data.latents:
             lacking = f"{pipeline} samples pixels, and the network latents"
+        elif config.data.bits != 8 or channels not in (1, 3):
+            lacking = f"{pipeline} makes 8 bits in 1 or 3 channels"
         elif diffusion.self_conditioning:
             lacking = f"{pipeline} does not feed the network its own estimate (diffusion.self_conditioning)"
         elif model.num_classes and not has_code:

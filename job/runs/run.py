@@ -96,6 +96,12 @@ class RunHandle:
             return encoding.channels, *encoding.size.shape
         return self.config.image_shape
 
+    @property
+    def how_shown(self) -> str:
+        """Returns how pictures show images that they cannot hold, for people, after a comma; empty for others."""
+        words = self.index.how_shown(self.config.sample.show) if self.index else ""
+        return f", {words}" if words else ""
+
     def pixels(self) -> DatasetIndex | None:
         """Returns the dataset of the pixels: for latents, the dataset that was encoded.
 
@@ -281,7 +287,10 @@ class SampleSetConfig(SamplerConfig):
     found: tuple[int, ...] = ()
     """The timesteps of the grid `found`."""
     size: Size
-    channels: int = Field(ge=1, le=3)
+    channels: int = Field(ge=1, le=16)
+    levels: tuple[int, int] = (0, 255)
+    """The values of black and white in the files."""
+    bits: Literal[8, 16] = 8
     classes: tuple[str, ...]
     first_seed: int = Field(ge=0)
     count: int = Field(ge=1)
@@ -360,6 +369,8 @@ class Reference(RecordPart):
     images: int = Field(ge=1)
     """The number of images, chosen from `of_images` by a fixed order."""
     of_images: int = Field(ge=1)
+    view: str = ""
+    """How the network saw images that 8 bits in 1 or 3 channels do not hold; see `DatasetIndex.how_shown`."""
     extractor: str
     extractor_sha256: str = Field(pattern=SHA256_PATTERN)
 
@@ -370,7 +381,8 @@ class Reference(RecordPart):
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"
-        return f"{which} of {self.dataset}-{self.size} (crop {self.crop}, {self.resize_filter})"
+        view = f", {self.view}" * bool(self.view)
+        return f"{which} of {self.dataset}-{self.size} (crop {self.crop}, {self.resize_filter}{view})"
 
 
 class Scores(Sealed):

@@ -119,7 +119,7 @@ class Painter(Model):
         route: Route | None = None,
         kept: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     ) -> np.ndarray:
-        """Samples seeds on all processes: uint8 [n, H, W, C] on the main one, no images on the others. Collective.
+        """Samples seeds on all processes: [n, H, W, C] on the main one, no images on the others. Collective.
 
         Args:
             seeds: the seeds of the images.
@@ -192,7 +192,7 @@ class Painter(Model):
         advance: Callable[[float], None],
         route: Route | None = None,
     ) -> Iterator[np.ndarray]:
-        """Samples seeds on this process in batches, uint8 [b, H, W, C]; `advance` gets images, or parts of them.
+        """Samples seeds on this process in batches, [b, H, W, C]; `advance` gets images, or parts of them.
 
         Raises:
             StoppedError: a stop was requested.
@@ -225,14 +225,15 @@ class Painter(Model):
                 if next(evaluations) in shown:
                     # Scaled to the variance of the images: otherwise most pixels of noise would be black or white.
                     at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
-                    frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
+                    frames.append((figures.to_pixels(self.pixels(x_t / max(1.0, point.sigma))), at))
 
             frames.append((self.sample_alone(some, sampling, keep), "the image"))
             return frames
 
         parts = self.fitting.in_parts(frames_of, seeds)
         images = [np.concatenate([of_part for of_part, _ in frame]) for frame in zip(*parts, strict=True)]
-        return figures.denoising_gif(images, labels=[at for _, at in parts[0]], title=title)
+        pictures = [figures.shown(each, self.config.sample.show) for each in images]
+        return figures.denoising_gif(pictures, labels=[at for _, at in parts[0]], title=title)
 
     def sample_alone(
         self,
@@ -241,7 +242,7 @@ class Painter(Model):
         callback: Callback | None = None,
         walk: Walk = from_noise,
     ) -> np.ndarray:
-        """Samples a batch on this process, without the others: uint8 [n, H, W, C].
+        """Samples a batch on this process, without the others: uint8, or uint16 of 16 bits, [n, H, W, C].
 
         Seed k has class k mod n of the n classes of the sampling settings, by default of all classes.
 
@@ -257,7 +258,8 @@ class Painter(Model):
         """
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         try:
-            return figures.to_uint8(self.sample_seeds(numbers, sampling, callback or self.check_stopped, walk))
+            x = self.sample_seeds(numbers, sampling, callback or self.check_stopped, walk)
+            return figures.to_pixels(x, self.bits)
         except NotFiniteError as error:
             raise NotANumberError(str(error)) from None
 
@@ -306,6 +308,7 @@ def model_of(
         classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
         diffusion=config.diffusion,
+        bits=config.data.bits,
         autocast=partial(autocast, precision, device.type),
         decode=decode,
         threads=threads_of(device, config.train.slot_threads or 1),

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from ddpm import editing, figures, randomness
+from ddpm.augment import in_unit_range
 from ddpm.catalogue import Diffusion
 from ddpm.image_size import ImageSize
 from ddpm.model import Sampling
@@ -33,6 +34,7 @@ from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from ddpm.samplers import Walk
 from job.config import RunConfig
 from job.coordination.pieces import IF_NONE_RUNS, Advance, Made
+from job.data.codecs import encode, encode_npy
 from job.data.reading.cache import ImageCache, open_cache
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
@@ -42,7 +44,7 @@ from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.run import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import Given, SamplePlan, SampleSet, plan_sets
+from job.sampling.sampling_plan import Given, SamplePlan, SampleSet, plan_sets, sample_kind
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import write_file
@@ -81,6 +83,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     how, usual = plan.how(request.seeds), plan.stored.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-no-nearest"
+    layout += f"-show-{'_'.join(map(str, sample.show))}" if sample.show != usual.show else ""
     training = None
     if sample.nearest and is_main and editor is None and (pixels := plan.pixels()):
         training = open_cache(plan.bucket, pixels, plan.config.data.cache_gigabytes * 1e9, painter.stop)
@@ -99,12 +102,12 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
         if is_main:
             rate = len(all_seeds) / (time.monotonic() - began)
-            grids.append((moment_of(label), images))
+            grids.append((moment_of(label), figures.shown(images, sample.show)))
             title = title_of(plan.run, moment_of(label), plan.words, seeds)
             if editor:
                 grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
             else:
-                grid = grid_png(images, seeds, plan.sampled_classes, training, stop=painter.stop, title=title)
+                grid = grid_png(images, seeds, plan.sampled_classes, training, painter.stop, title, sample.show)
             publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
@@ -133,7 +136,7 @@ def _make_set(
         if number == 0:
             moment, shown = moment_of(plan.label(sample_set.ref.images_seen)), seeds[: sample.images]
             title = title_of(plan.run, moment, plan.words, shown)
-            grid = grid_png(images[: sample.images], shown, plan.sampled_classes, title=title)
+            grid = grid_png(images[: sample.images], shown, plan.sampled_classes, title=title, show=sample.show)
             put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
         return made_piece(sample_set, number, images)
 
@@ -163,31 +166,35 @@ def grid_png(
     training: ImageCache | None = None,
     stop: Stop = NEVER,
     title: str = "",
+    show: Sequence[int] = (),
 ) -> bytes:
     """Returns a grid of images with the names of their classes, or each beside its nearest training image.
 
     Args:
-        images: uint8 [n, H, W, C].
+        images: uint8 or uint16 [n, H, W, C].
         seeds: the seeds of the images.
         classes: the classes that the seeds take in turn, if the network has any.
         training: the images to search for the nearest ones; None: a grid without them.
         stop: ends the search.
         title: the title of the picture.
+        show: channels; see `figures.shown`.
 
     Raises:
         StoppedError: a stop was requested.
     """
-    title = with_class(title, classes)
+    title, images = with_class(title, classes), figures.shown(images, show)
     if training is not None:
 
         def chunks() -> Iterator[np.ndarray]:
             for first in range(0, training.index.images, 1024):
                 stop.check("while the nearest training images were looked for")
-                yield training.read(np.arange(first, min(first + 1024, training.index.images)))
+                some = np.arange(first, min(first + 1024, training.index.images))
+                yield figures.shown(training.read(some), show)
 
         indices, _ = figures.nearest_pairs(images, chunks)
         columns, above, below = _arranged(seeds, classes, 5)
-        pairs = figures.pairs_grid(images, training.read(indices), columns, below, column_labels=above, title=title)
+        nearest = figures.shown(training.read(indices), show)
+        pairs = figures.pairs_grid(images, nearest, columns, below, column_labels=above, title=title)
         return figures.png(pairs)
     columns, above, below = _arranged(seeds, classes, 10 if len(classes) > 1 else 8)
     scale = max(1, 96 // max(images.shape[1:3]))
@@ -215,21 +222,32 @@ def _arranged(
 
 
 def made_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> Made:
-    """Returns the files of a piece with uint8 [n, H, W, C]."""
+    """Returns the files of a piece with uint8 or uint16 [n, H, W, C]."""
     config, seeds = sample_set.config, sample_set.config.seeds(number)
-    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if config.channels == 1 else one)) for one in images]
+    files = [_sample_file(one, config) for one in images]
     if config.save == "shards":
-        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(config, seeds, pngs)})
-    return Made({sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)})
+        return Made({sample_set.key(ObjectKind.PIECE, number): _shard(config, seeds, files)})
+    return Made({sample_set.key(ObjectKind.IMAGE, number, seed): file for seed, file in zip(seeds, files, strict=True)})
 
 
-def _shard(config: SampleSetConfig, seeds: range, pngs: list[bytes]) -> bytes:
-    """Returns a tar that webdataset can read: `000003072.png`, and `000003072.cls` if there are classes."""
+def _sample_file(image: np.ndarray, config: SampleSetConfig) -> bytes:
+    """Returns an image [H, W, C] as a file, with the values of its dataset's source if it has 16 bits."""
+    is_png, (low, high) = sample_kind(config.channels, config.levels) == "png", config.levels
+    if config.bits == 16:
+        dtype = np.uint16 if low >= 0 and high < 1 << 16 else np.int32
+        image = np.rint(low + image * ((high - low) / 65535)).astype(dtype)
+    elif is_png:
+        return figures.png(Image.fromarray(image.squeeze(-1) if config.channels == 1 else image))
+    return encode(image) if is_png else encode_npy(image)
+
+
+def _shard(config: SampleSetConfig, seeds: range, files: list[bytes]) -> bytes:
+    """Returns a tar that webdataset can read: `000003072.png` or `.npy`, and `000003072.cls` if there are classes."""
     file = io.BytesIO()
-    labels = config.labels or range(len(config.classes))
+    labels, kind = config.labels or range(len(config.classes)), sample_kind(config.channels, config.levels)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for seed, png in zip(seeds, pngs, strict=True):
-            members = {"png": png} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})
+        for seed, content in zip(seeds, files, strict=True):
+            members = {kind: content} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})
             for ending, data in members.items():
                 info = tarfile.TarInfo(f"{seed:09d}.{ending}")
                 info.size = len(data)
@@ -360,8 +378,8 @@ def noising_picture(
     if image is not None and image >= index.images:
         raise BadRequestError(f"--image {image}: {index.name} has the images 0 to {index.images - 1:,}")
     numbers = np.linspace(0, index.images - 1, len(steps)).astype(np.int64) if image is None else np.array([image])
-    images = ImageCache(bucket, index).read(numbers)
-    process, x_start = make_process(diffusion), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = figures.shown(ImageCache(bucket, index).read(numbers))
+    process, x_start = make_process(diffusion), in_unit_range(torch.from_numpy(images).permute(0, 3, 1, 2))
     noise = randomness.sampling_noise(torch.arange(len(images)), 0, tuple(x_start.shape[1:]), x_start.device)
     _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(torch.tensor(steps)))
     # Scaled to the variance of the images: otherwise most pixels of EDM's noise would be black or white.
@@ -373,7 +391,7 @@ def noising_picture(
         beside = [output.with_name(f"{output.stem}-{part}{output.suffix}") for part in ("original", "noised")]
         pictures = {output: figure.combined, beside[0]: figure.original, beside[1]: figure.noised}
     else:
-        tiles, scale = np.concatenate([images, figures.to_uint8(noised)]), max(1, 96 // max(images.shape[1:3]))
+        tiles, scale = np.concatenate([images, figures.to_pixels(noised)]), max(1, 96 // max(images.shape[1:3]))
         title = f"{index.name} · image {image:,} · {_words(diffusion)}"
         pictures = {output: figures.image_grid(tiles, _COLUMNS, 4, scale, labels=["the image", *labels], title=title)}
     for path, picture in pictures.items():

@@ -29,6 +29,7 @@ import numpy as np
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import WHOLE, Pieces, Slice
+from job.data.codecs import kind_of
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, did_you_mean
 from job.own_code import faults_of
@@ -182,7 +183,7 @@ class SamplePlan(RunHandle):
         """The sampling settings, for people."""
         own = f", {self.custom_sampler.name}" if self.custom_sampler else ""
         edited = f", {self.given.editing.words}" if self.given else ""
-        return f"{self.config.sample.words(self.stored.sample)}{own}{edited}"
+        return f"{self.config.sample.words(self.stored.sample)}{own}{edited}{self.how_shown}"
 
     def how(self, seeds: str = "") -> str:
         """Returns everything that decides the images of a checkpoint, as part of a picture's name."""
@@ -288,6 +289,9 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     size = ImageSize(height, width)
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
+    if of_run.config.data.bits != 8 or channels not in (1, 3):
+        what = f"{of_run.config.data.bits} bits in {channels} channels"
+        raise BadRequestError(f"--mode {request.mode} edits 8 bits in 1 or 3 channels, and not {what}: leave it out")
     if "--image" not in request.files:
         from job.data.reading.cache import ImageCache
 
@@ -329,6 +333,11 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
     except RejectedImageError as error:
         raise BadDataError(f"{option} {path} {error}") from None
+
+
+def sample_kind(channels: int, levels: tuple[int, int]) -> str:
+    """Returns the suffix of the files of sampled images: png, or npy of what no PNG holds."""
+    return kind_of(channels) if levels[0] >= 0 and levels[1] < 1 << 16 else "npy"
 
 
 def piece_images(count: int) -> int:
@@ -415,7 +424,11 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
     request, count = plan.request, plan.request.count
     if count is None:
         return []
-    first_seed, save = request.first_seed or 0, request.save or "shards"
+    first_seed, save, channels = request.first_seed or 0, request.save or "shards", plan.pixel_shape[0]
+    levels = plan.index.levels if plan.index else (0, 255)
+    if save == "png" and sample_kind(channels, levels) != "png":
+        what = f"{channels} channels of {levels[0]:,} to {levels[1]:,}"
+        raise BadRequestError(f"--save png: a PNG does not hold {what}: use --save shards, which has .npy")
     sets = []
     for ref in plan.checkpoints:
         config = SampleSetConfig(
@@ -427,7 +440,9 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
             size=ImageSize(*plan.pixel_shape[1:]),
-            channels=plan.pixel_shape[0],
+            channels=channels,
+            levels=levels,
+            bits=plan.config.data.bits,
             classes=plan.sampled_classes,
             first_seed=first_seed,
             count=count,

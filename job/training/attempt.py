@@ -252,7 +252,7 @@ class TrainingAttempt:
         index, config = self.plan.index, self.plan.config
         numbers, sigma_data = np.arange(min(_DEVIATION_IMAGES, index.images)), config.diffusion.sigma_data
         if config.diffusion.schedule == "edm" and not index.encoding:
-            found = self.images.read(order_of(index, config).indices(numbers)).std() / 127.5
+            found = self.images.read(order_of(index, config).indices(numbers)).std() / (2**index.bits - 1) * 2
             if not 0.8 < found / sigma_data < 1.25:
                 said = f"the first images have the deviation {found:.2f}, and diffusion.sigma_data is {sigma_data}"
                 note(f"{said}: start another run with --set diffusion.sigma_data={found:.2f}")

@@ -140,6 +140,7 @@ class Interludes:
                 training=self._training_images() if sample.nearest else None,
                 stop=self._attempt.stop,
                 title=self._title(seeds),
+                show=sample.show,
             )
             recorder.put_grid(self._grid_key(), grid)
 
@@ -158,4 +159,5 @@ class Interludes:
 
     def _title(self, seeds: Sequence[int]) -> str:
         moment = moment_of(self._plan.label(self._state.images_seen))
-        return title_of(self._plan.run, moment, self._config.sample.words(self._plan.stored.sample), seeds)
+        how = self._config.sample.words(self._plan.stored.sample) + self._plan.how_shown
+        return title_of(self._plan.run, moment, how, seeds)

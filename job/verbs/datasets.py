@@ -166,7 +166,8 @@ def verify_named(bucket_uri: str, name: str, size: ImageSize | None, *, as_json:
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """Returns the facts of a dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards):,} shards"
-    what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size.words} pixels"
+    colours = {1: "grey", 3: "colour"}.get(index.channels, f"{index.channels} channels")
+    what = f"{colours}, {index.size.words} pixels" + ", 16 bits" * (index.bits == 16)
     if encoding := index.encoding:
         what = f"as latents of {index.size.words}×{index.channels}, encoded from {encoding.source}-{encoding.size}"
     converted = ", ".join(f"{count:,} {kind}" for kind, count in index.converted.items())
@@ -179,6 +180,9 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         "id": index.dataset_id,
         "made": made,
         "classes": ", ".join(index.classes) + " (folders)" * (index.classes_from == "folders"),
+        "pairs": f"each with {index.condition_channels} channels of {index.condition_from}"
+        * bool(index.condition_channels),
+        "vector": ", ".join(map("{} {:.4g} ± {:.3g}".format, index.vector_names, index.vector_mean, index.vector_std)),
         "splits": ", ".join(index.splits) + ", packed together" * bool(index.splits),
         "left out": f"{index.unlabelled_images:,} without a label" * bool(index.unlabelled_images),
         "held out": f"{index.held_out}-{index.size}, on which its runs log val_loss" * bool(index.held_out),

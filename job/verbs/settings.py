@@ -57,7 +57,7 @@ def values_of(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(values_of, schema["anyOf"]))
     if "enum" in schema:
-        return "|".join(schema["enum"])
+        return "|".join(map(str, schema["enum"]))
     if schema["type"] == "array":
         return f"list of {values_of(schema.get('items') or schema['prefixItems'][0])}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

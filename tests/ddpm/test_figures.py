@@ -60,7 +60,7 @@ def frames_of(gif: bytes) -> Image.Image:
 def denoising(**options: object) -> Image.Image:
     noise = normal(0, (3, 3, 32, 32))
     x = torch.from_numpy(waves(3, 32, 32)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    steps = [figures.to_uint8(x * (i / 19) + noise * (1 - i / 19)) for i in range(20)]
+    steps = [figures.to_pixels(x * (i / 19) + noise * (1 - i / 19)) for i in range(20)]
     return frames_of(figures.denoising_gif(steps, **options))
 
 
@@ -153,14 +153,15 @@ def test_arguments_that_do_not_match_are_refused(make: Callable[[], object], sai
         make()
 
 
-def test_to_uint8_keeps_every_level():
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert (figures.to_uint8(levels.float() / 127.5 - 1).ravel() == np.arange(256)).all()
+def test_to_pixels_keeps_every_level():
+    for bits, most in ((8, 255), (16, 65535)):
+        levels = torch.arange(most + 1).reshape(1, 1, 16, -1)
+        assert (figures.to_pixels(levels.float() / (most / 2) - 1, bits).ravel() == np.arange(most + 1)).all()
     x = torch.tensor([-3.0, -1.0, 0.9 / 127.5 - 1, 1.1 / 127.5 - 1, float("nan"), 7.0]).reshape(1, 2, 1, 3)
-    pixel = figures.to_uint8(x)
+    pixel = figures.to_pixels(x)
     assert pixel.shape == (1, 1, 3, 2) and pixel.flags["C_CONTIGUOUS"]
     assert pixel[0, 0].T.ravel().tolist() == [0, 0, 1, 1, 128, 255]
-    assert figures.to_uint8(torch.full((1, 1, 1, 1), 0.5, dtype=torch.bfloat16, requires_grad=True)).item() == 191
+    assert figures.to_pixels(torch.full((1, 1, 1, 1), 0.5, dtype=torch.bfloat16, requires_grad=True)).item() == 191
 
 
 def test_colours_are_those_of_lab():

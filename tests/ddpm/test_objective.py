@@ -197,21 +197,21 @@ def test_losses_never_wait_for_the_device() -> None:
 
 def test_likelihoods_of_levels_have_their_digits() -> None:
     mpmath.mp.dps = 50
-    for std in (0.002, 0.01, 0.3, 5.0):
-        for level in (0, 1, 100, 254, 255):
-            x = level / 127.5 - 1
-            for off in (0.0, 0.4 / 255, -0.05, 0.4, -1.5):
-                log_variance = torch.tensor(2 * math.log(std))
-                mean = torch.tensor(x + off)
-                found = log_likelihood_of_levels(torch.tensor(x), mean, log_variance).item()
-                centre, s = mpmath.mpf(mean.item()), mpmath.exp(mpmath.mpf(log_variance.item()) / 2)
-                half = mpmath.mpf(1) / 255
-                upper = (x + half - centre) / s if level < 255 else mpmath.inf
-                lower = (x - half - centre) / s if level > 0 else -mpmath.inf
-                # In the right tail both are 1 to any number of digits.
-                upper, lower = (-lower, -upper) if lower > 0 else (upper, lower)
-                expected = float(mpmath.log(mpmath.ncdf(upper) - mpmath.ncdf(lower)))
-                assert found == pytest.approx(expected, rel=1e-3, abs=2e-4), (std, level, off)
+    levels_of = [(255, std, level) for std in (0.002, 0.01, 0.3, 5.0) for level in (0, 1, 100, 254, 255)]
+    for most, std, level in [*levels_of, (65535, 0.002, 0), (65535, 0.002, 9000), (65535, 0.002, 65535)]:
+        x = level / (most / 2) - 1
+        for off in (0.0, 0.4 / 255, -0.05, 0.4, -1.5):
+            log_variance = torch.tensor(2 * math.log(std))
+            mean = torch.tensor(x + off)
+            found = log_likelihood_of_levels(torch.tensor(x), mean, log_variance, most + 1).item()
+            centre, s = mpmath.mpf(mean.item()), mpmath.exp(mpmath.mpf(log_variance.item()) / 2)
+            half = mpmath.mpf(1) / most
+            upper = (x + half - centre) / s if level < most else mpmath.inf
+            lower = (x - half - centre) / s if level > 0 else -mpmath.inf
+            # In the right tail both are 1 to any number of digits.
+            upper, lower = (-lower, -upper) if lower > 0 else (upper, lower)
+            expected = float(mpmath.log(mpmath.ncdf(upper) - mpmath.ncdf(lower)))
+            assert found == pytest.approx(expected, rel=1e-3, abs=2e-4), (std, level, off)
 
 
 def test_likelihoods_of_levels_have_their_gradients() -> None:

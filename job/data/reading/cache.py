@@ -1,48 +1,34 @@
 """A node's cache of a dataset: all images decoded, if they fit the budget, else the encoded shards that are due.
 
 Both caches give the same images for the same indices. They store images in files that all processes of the node share,
-so their memory does not grow with the dataset. No reader hashes a shard: each image has a hash of its own, and nothing
-reads what lies between images. `ddpm data verify` hashes both.
+so their memory does not grow with the dataset.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import mmap
 import os
-import shutil
-import tarfile
-from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice, repeat
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
-from filelock import FileLock, Timeout
 
-from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.reading.order import Int64s, Order
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, image_hash
+from job.data.reading.reader import DOWNLOADS, ImageCache, Uint8s
+from job.data.shards import DatasetIndex
 from job.exits import BadConfigError, BadDataError, DiskFullError, MissingInputError
 from job.platform import allocate
 from job.progress import Progress
-from job.stop import NEVER, STOP_POLL_SECONDS, Stop, in_order
-from job.store import Store, open_to_read, split_uri
-from job.store.files import default_cache_dir, os_errors
+from job.stop import NEVER, Stop, in_order
+from job.store import Store
+from job.store.files import os_errors
 
-Uint8s = npt.NDArray[np.uint8]
-
-_DOWNLOADS = 4
-_READ_AT_A_TIME = 32
 _IS_DECODED = 1 << 32
-_THREADS = 8
-"""The least number of threads that read and decode: without a cache they wait for the bucket, not for a processor."""
 
 
 def open_cache(
@@ -70,234 +56,8 @@ def open_cache(
     return ShardCache(bucket, index, folder, budget_bytes)
 
 
-class ImageCache:
-    """Images of a dataset by index, each read from the bucket, without its shard; the subclasses keep them on a disk.
-
-    The shards lie beside the index, or at the URIs of tars that are indexed in place. Thread-safe.
-
-    Attributes:
-        index: the dataset's index.
-        starts: index of each shard's first image, and N, int64 [shards + 1].
-        is_local: whether all shards are files of this machine, which are read without a copy.
-        remedy: how a person repairs a damaged shard, for messages.
-    """
-
-    def __init__(
-        self,
-        bucket: Store,
-        index: DatasetIndex,
-        folder: Path | None = None,
-        stop: Stop = NEVER,
-        *,
-        with_pillow: bool = False,
-    ) -> None:
-        """Opens the stores of the dataset's shards, without any request.
-
-        Args:
-            bucket: bucket of the dataset.
-            index: index of the dataset.
-            folder: this dataset's part of the cache, shared by all processes of the node; None for the usual one.
-            stop: ends reading and fetching.
-            with_pillow: whether packed images are decoded without torch.
-
-        Raises:
-            BadRequestError: a shard's URI, or the crop or the filter of the index, is not valid.
-            NoPermissionError: no credentials for a shard's bucket were found.
-        """
-        self.index, self._bucket, self._key, self._stop = index, bucket, index.key, stop
-        self._folder = folder = folder or default_cache_dir() / index.dataset_id
-        self.starts: Int64s = np.concatenate([[0], np.cumsum(index.shards.images)])
-        retry = bucket.retry.elsewhere()
-        self._foreign = {uri: open_to_read(uri, retry) for uri in {split_uri(uri)[0] for uri in index.shards.uris}}
-        self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
-        self.remedy = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset again"
-        self._tables_path, self._are_loaded = folder / "offsets", np.zeros(len(index.shards), bool)
-        with os_errors(self._tables_path):
-            folder.mkdir(parents=True, exist_ok=True)
-            # A hundred million images have gigabytes of tables, and a batch needs a few: the rest is a hole.
-            with self._tables_path.open("ab") as file:
-                file.truncate(index.images * OFFSETS_DTYPE.itemsize)
-            self._tables = np.asarray(np.memmap(self._tables_path, OFFSETS_DTYPE, "r"))
-        self._recipe = Recipe(index.size, "center", "box", index.channels, min_side=1) if with_pillow else None
-        if index.is_foreign:
-            how = index.size, index.crop, index.resize_filter, index.channels
-            self._recipe = Recipe(*how, min_side=1, pixel_range=index.pixel_range)
-            if index.codecs != (here := codec_versions()):
-                said = f"was indexed with {index.codecs}, and is read with {here}: the lowest bits may differ"
-                logging.getLogger(__name__).warning(f"dataset {index.name} {said}")
-        self._threads = max(_THREADS, os.cpu_count() or 1)
-        self._decoders = ThreadPoolExecutor(self._threads, "decode")
-        self._fetchers = ThreadPoolExecutor(_DOWNLOADS, "fetch")
-
-    def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Returns images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest into a reused `out`.
-
-        Raises:
-            BadDataError: an image differs from the index, is damaged, or has another size.
-            StoppedError: this process has to stop.
-        """
-        if out is None:
-            out = np.empty((len(indices), *self.index.image_shape), np.uint8)
-        self._read(indices, out)
-        return out
-
-    def _read(self, indices: Int64s, out: Uint8s) -> None:
-        """Reads images and decodes them, a few at a time in each thread."""
-        shards = self.shards_of(indices)
-        rows, records = (indices - self.starts[shards]).tolist(), self.records(indices).tolist()
-
-        def read_some(places: list[int]) -> None:
-            shard = int(shards[places[0]])
-            with self.open_shard(shard) as file:
-                for place in places:
-                    out[place] = self.read_image(shard, rows[place], records[place], file)
-
-        def parts() -> Iterator[list[int]]:
-            for shard in np.unique(shards):
-                places = np.flatnonzero(shards == shard).tolist()
-                yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
-
-        deque(in_order(self._decoders, read_some, parts(), 2 * self._threads, self._check), maxlen=0)
-
-    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
-        """Returns image `row` of a shard from its place `record` in `file`; raises as `read`."""
-        offset, size_bytes, _, sha256 = record
-        file.seek(offset)
-        encoded, problem = file.read(size_bytes), "it differs from the index"
-        try:
-            if image_hash(encoded) == sha256:
-                if self._recipe is not None:
-                    return prepare(encoded, self._recipe)
-                decoder = decode_latents if self.index.encoding else decode
-                return decoder(encoded, self.index.channels, self.index.size)
-        except RejectedImageError as error:
-            problem = f"it {error}"
-        except BadDataError as error:
-            problem = str(error)
-        store, key = self.place(shard)
-        raise BadDataError(f"{store.uri_of(key)}, image {row} (at byte {offset}): {problem}: {self.remedy}")
-
-    def labels(self, indices: Int64s) -> Int64s:
-        """Returns the classes of the images, int64 [b]; -1 without classes."""
-        return self.records(indices)["label"].astype(np.int64)
-
-    def prefetch(self, order: Order, image_number: int) -> None:
-        """Announces that a run will read from `image_number` on; cheap enough for each batch."""
-        return
-
-    def close(self) -> None:
-        """Ends the threads; the files stay."""
-        # A process that has to stop does not wait for a download, which cannot be cancelled.
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(cancel_futures=True)
-
-    def shards_of(self, indices: Int64s) -> Int64s:
-        """Returns the shards of images `indices`, int64 [b]."""
-        return np.searchsorted(self.starts, indices, side="right") - 1
-
-    def records(self, indices: Int64s) -> np.ndarray:
-        """Returns the rows of images `indices` in the offset tables, OFFSETS_DTYPE [b].
-
-        The tables of their shards are verified first, and fetched if they are not in the cache.
-
-        Raises:
-            BadDataError: a table in the bucket is corrupt.
-            DiskFullError: a table does not fit the disk.
-        """
-        shards = self.shards_of(indices)
-        if not (are_loaded := self._are_loaded[shards]).all():
-            list(
-                in_order(
-                    self._fetchers, self._load_table, np.unique(shards[~are_loaded]).tolist(), _DOWNLOADS, self._check
-                )
-            )
-        return self._tables[indices]
-
-    def _load_table(self, shard: int) -> None:
-        first, last = self.starts[shard : shard + 2].tolist()
-        if hashlib.sha256(self._tables[first:last].data).hexdigest() != self.index.shards[shard].offsets_sha256:
-            table = self.read_table(shard)
-            # Not through the map, where a full disk would cause SIGBUS.
-            with os_errors(self._tables_path), self._tables_path.open("r+b") as file:
-                file.seek(first * OFFSETS_DTYPE.itemsize)
-                file.write(table.tobytes())
-        else:
-            self._check_table(shard, self._tables[first:last])
-        self._are_loaded[shard] = True
-
-    def read_table(self, shard: int) -> np.ndarray:
-        """Reads the offset table of a shard from the bucket, OFFSETS_DTYPE [images].
-
-        Raises:
-            BadDataError: the table is corrupt.
-        """
-        packed = self.index.shards[shard]
-        key = f"{self._key}/{packed.offsets_name}"
-        data = self._bucket.read(key).data
-        is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
-        if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
-            raise BadDataError(f"{self._bucket.uri_of(key)} differs from the index: {self.remedy}")
-        self._check_table(shard, table := np.frombuffer(data, OFFSETS_DTYPE))
-        return table
-
-    def _check_table(self, shard: int, table: np.ndarray) -> None:
-        """Raises `BadDataError` for an impossible table: a hostile index may contain the hash of any."""
-        packed, classes = self.index.shards[shard], len(self.index.classes)
-        # A header comes before the first image.
-        are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
-        if not are_classes or not tarfile.BLOCKSIZE <= table["offset"].min() <= table["offset"].max() < packed.bytes:
-            uri = self._bucket.uri_of(f"{self._key}/{packed.offsets_name}")
-            raise BadDataError(f"{uri} points beyond its shard or its classes: {self.remedy}")
-
-    def place(self, shard: int) -> tuple[Store, str]:
-        """Returns the store that holds a shard's tar, and its key there."""
-        packed = self.index.shards[shard]
-        if not packed.uri:
-            return self._bucket, f"{self._key}/{packed.name}"
-        folder, name = split_uri(packed.uri)
-        return self._foreign[folder], name
-
-    def open_shard(self, shard: int) -> BinaryIO:
-        """Opens a shard's tar, by default in its store; called in the threads."""
-        store, key = self.place(shard)
-        return store.open(key)
-
-    def _copies(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
-        """Yields each shard with a copy of it, and fetches a few ahead. The caller holds the lock."""
-        folder = self._folder / "incoming"
-        # Under the lock, files in this folder can only be those of a dead process.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-
-        def fetched(shard: int) -> tuple[int, Path]:
-            self._load_table(shard)
-            (store, key), path = self.place(shard), folder / self.index.shards[shard].name
-            store.download(key, path)
-            return shard, path
-
-        return in_order(self._fetchers, fetched, shards, _DOWNLOADS, self._check)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Locks the folder against all other threads and processes of the node; the death of a holder releases it.
-
-        Raises:
-            StoppedError: this process has to stop while another holds the lock.
-        """
-        try:
-            lock = FileLock(self._folder / "lock", poll_interval=STOP_POLL_SECONDS).acquire(cancel_check=self._stop)
-        except Timeout:
-            self._check()
-            raise
-        with lock:
-            yield
-
-    def _check(self) -> None:
-        self._stop.check(f"while reading the images of {self._bucket.uri}/{self._key}; the images read so far are kept")
-
-
 class DecodedCache(ImageCache):
-    """All images as one memory-mapped array [N, H, W, C] in `images`, filled shard by shard.
+    """All images as one memory-mapped array of bytes in `images`, filled shard by shard.
 
     `checksums` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is decoded. After a kill or a power
     failure the checksums identify the images to decode again. Each image is also compared when it is read, which takes
@@ -341,7 +101,7 @@ class DecodedCache(ImageCache):
 
     def _missing(self) -> list[int]:
         """Maps the files, and returns the shards whose images are missing or damaged."""
-        shards, shape = range(len(self.index.shards)), (self.index.images, *self.index.image_shape)
+        shards, shape = range(len(self.index.shards)), (self.index.images, *self.index.row_shape)
         try:
             with os_errors(self._images_path), self._images_path.open("rb") as file:
                 self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -460,7 +220,7 @@ class ShardCache(ImageCache):
     def _prefetch(self, due: tuple[int, ...]) -> None:
         # An error is ignored here: the read of the shard raises it again.
         missing = (shard for shard in due if not self._path(shard).exists())
-        while (group := list(islice(missing, _DOWNLOADS))) and self._due is due:
+        while (group := list(islice(missing, DOWNLOADS))) and self._due is due:
             self._fetch(group)
 
     def _check_fits(self, order: Order) -> None:

@@ -144,15 +144,18 @@ def crosses(images_seen: int, batch_size_images: int, every_images: int) -> bool
 
 
 class Images(Protocol):
-    """The images of a dataset, as `job.data.reading.cache.ImageCache` reads them."""
+    """The images of a dataset, as `job.data.reading.reader.ImageCache` reads them."""
 
     index: DatasetIndex
 
     def read(self, indices: Int64s, out: npt.NDArray[np.uint8]) -> object:
-        """Reads images `indices` into `out`, uint8 [b, H, W, C]."""
+        """Reads images `indices` into `out`, uint8 [b, *`DatasetIndex.row_shape`]."""
 
     def labels(self, indices: Int64s) -> Int64s:
         """Returns their classes, int64 [b]."""
+
+    def vectors(self, indices: Int64s) -> npt.NDArray[np.float32]:
+        """Returns their normalised vectors, float32 [b, k]."""
 
     def prefetch(self, order: Order, image_number: int) -> None:
         """Announces that a run will read from `image_number` on."""
@@ -163,13 +166,17 @@ class LoadedBatch(NamedTuple):
 
     Attributes:
         image_numbers: int64 [b].
-        images: uint8 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
+        images: uint8 or uint16 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
+        conditions: of the dtype of the images, [b, Cc, H, W], or None.
+        vectors: float32 [b, k], or None.
     """
 
     image_numbers: Int64s
     images: torch.Tensor
     labels: torch.Tensor | None
+    conditions: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
 
 
 def stream_batches(
@@ -208,13 +215,16 @@ def stream_batches(
         own = range(batch_size_images) if places is None else places
         for first, indices, numbers in _parts(order, batch_size_images, first_image, last_image, own):
             images.prefetch(order, first)
-            batch = torch.empty((len(indices), *images.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+            batch = torch.empty((len(indices), *images.index.row_shape), dtype=torch.uint8, pin_memory=pin_memory)
             images.read(indices, out=batch.numpy())
-            batch = batch.view(torch.float16) if images.index.encoding else batch
+            batch = batch.view(getattr(torch, images.index.dtype.name)).permute(0, 3, 1, 2)
+            channels = images.index.image_shape[2]
+            conditions = batch[:, channels:] if images.index.condition_channels else None
             labels = torch.from_numpy(images.labels(indices)) if with_labels and images.index.classes else None
-            if labels is not None and pin_memory:
-                labels = labels.pin_memory()
-            yield LoadedBatch(numbers, batch.permute(0, 3, 1, 2), labels)
+            vectors = torch.from_numpy(images.vectors(indices)) if images.index.vector_names else None
+            if pin_memory:
+                labels, vectors = (None if each is None else each.pin_memory() for each in (labels, vectors))
+            yield LoadedBatch(numbers, batch[:, :channels], labels, conditions, vectors)
 
     return BatchStream(batches(), stop)
 

@@ -101,6 +101,61 @@ def chosen_source(request: PackRequest, bucket: Store, check_stop: Callable[[], 
     return replace(source, note="; ".join(filter(None, notes)))
 
 
+def numbered(request: PackRequest, source: Source, bucket: Store) -> Iterator[tuple[str, Source]]:
+    """Yields the columns that `--vector` names, each with the source whose labels are its numbers.
+
+    A number is read as a label is: the rules of tables and formats are the same.
+
+    Args:
+        request: a checked one.
+        source: its source, as `chosen_source` returns it.
+        bucket: where the dataset goes.
+
+    Raises:
+        MissingInputError, BadRequestError, BadDataError: as `chosen_source`.
+    """
+    retry, (file, columns) = bucket.retry.elsewhere(), labels.split_labels(request.vector)
+    for column in map(labels.NumberColumn, columns.split(",")):
+        if not file:
+            opened = replace(open_source(request.place, bucket.uri, retry, column), split=source.split)
+            yield column, with_conditions(request, opened, bucket)[0] if request.condition else opened
+            continue
+        rows = _rows(source, file, retry)
+        with members.refusing(rows.where):
+            table = labels.join_labels(rows, (image.name for image in replace(source, split=None).images()), column)
+        yield table.column, replace(source, with_labels=None, label_by_name=table.of)
+
+
+def with_conditions(request: PackRequest, source: Source, bucket: Store) -> tuple[Source, Source]:
+    """Returns the images of a source, and the condition images that `--condition` names, by equal paths but suffixes.
+
+    These are another source, or of the same one: `:cond` is `a.cond.png` of `a.png`, or a column of a table.
+
+    Args:
+        request: a checked one.
+        source: its source, as `chosen_source` returns it.
+        bucket: where the dataset goes.
+
+    Raises:
+        MissingInputError, BadRequestError, BadDataError: as `open_source`.
+    """
+    retry, word = bucket.retry.elsewhere(), request.condition
+    if not word.startswith(":"):
+        return source, replace(open_source(word, bucket.uri, retry, None), split=None)
+    first = next((member.name for member in source.images()), "")
+    if re.search(rf"(?:{FORMATS['tables:table_source']})/[^/]*$", first):
+        opened = open_source(request.place, bucket.uri, retry, labels.ImageColumn(word[1:]))
+        return source, replace(opened, split=source.split)
+    marked = re.compile(rf"(.*)\.{re.escape(word[1:])}(\.[^./]*)")
+
+    def unmarked(member: Member) -> Member | None:
+        match = marked.fullmatch(member.name)
+        return replace(member, name=match[1] + match[2]) if match else None
+
+    images = source.changed(lambda member: None if marked.fullmatch(member.name) else member)
+    return images, replace(source.changed(unmarked), note="")
+
+
 def _rows(source: Source, file: str, retry: Retry) -> Rows:
     """Returns the table of labels in a file, or else in one of that name beside the images of the source."""
     beside = source.beside
@@ -263,13 +318,14 @@ def _fetched(store: SourceStore, key: str, source: str) -> Path:
     return whole
 
 
-def forget(source: str) -> None:
-    """Removes the fetched files of a source, after it is packed or refused."""
-    inside, archive = split_chain(source)
-    if inside:
-        forget(archive)
-    elif is_foreign(source):
-        shutil.rmtree(_place(source), ignore_errors=True)
+def forget(*sources: str) -> None:
+    """Removes the fetched files of sources, after they are packed or refused."""
+    for source in sources:
+        inside, archive = split_chain(source)
+        if inside:
+            forget(archive)
+        elif is_foreign(source):
+            shutil.rmtree(_place(source), ignore_errors=True)
 
 
 def _file(files: Files, column: str | None) -> Source:

@@ -14,7 +14,7 @@ import io
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,12 +123,16 @@ class Sample:
         content: its encoded bytes.
         label: its class; -1 without one.
         offset: position of the content in a tar that stays in place.
+        numbers: its vector by name.
+        condition: its condition image, encoded.
     """
 
     name: str
     content: bytes
     label: int = -1
     offset: int = -1
+    numbers: Mapping[str, float] | None = None
+    condition: bytes | None = None
 
 
 @dataclass(frozen=True)

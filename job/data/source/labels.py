@@ -32,7 +32,7 @@ _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 """The key of a WebDataset sample, the path up to the first dot of the file's name, and the rest of the name."""
 
 _SIDECARS = (".cls", ".json")
-_LONGEST = 100
+_LONGEST, _MOST_FLOAT32 = 100, 3.4e38
 _PAIR = ("file", "label")
 _A_TABLE = "a table of file names and labels: write a line such as 0001.png,cat for each image into a .csv"
 _DECIMALS = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
@@ -63,6 +63,35 @@ def label_of(value: object) -> str:
     return "" if re.fullmatch(r"-\d+", text) else printable_label(text)
 
 
+class ImageColumn(str):
+    """The name of a column of images, without labels."""
+
+
+class NumberColumn(str):
+    """The name of a column whose values are numbers of vectors, and not classes."""
+
+
+def value_of(value: object, column: str) -> str:
+    """Returns what a value of a column stands for, `number_of` or `label_of` it."""
+    return number_of(value) if isinstance(column, NumberColumn) else label_of(value)
+
+
+def number_of(value: object) -> str:
+    """Returns a number, or the numbers of a list, as text with blanks between them; empty for none.
+
+    Raises:
+        RefusedError: one is not a number, or not finite as float32.
+    """
+    values = value if isinstance(value, list | tuple) else () if value in (None, "") else (value,)
+    try:
+        numbers = [float(one) for one in values]
+    except (TypeError, ValueError):
+        raise RefusedError(f"has {value!r:.40}, which cannot be a number: mend it, or name another column") from None
+    if not all(abs(number) < _MOST_FLOAT32 for number in numbers):
+        raise RefusedError(f"has {value!r:.40}, which is not finite in float32: mend it, or leave the image out")
+    return " ".join(map(repr, numbers))
+
+
 def class_names(names: Sequence[object]) -> tuple[str, ...]:
     """Returns the names of a format's classes in the order of their numbers; a blank name becomes its number.
 
@@ -75,14 +104,14 @@ def class_names(names: Sequence[object]) -> tuple[str, ...]:
     return classes
 
 
-def label_among(classes: Sequence[str], value: object) -> str:
+def label_among(classes: Sequence[str], value: object, column: str = "") -> str:
     """Returns the class that a value stands for, where a format lists its classes: by number, or by name as text.
 
     Raises:
         RefusedError: no class has this number or name.
     """
-    label = label_of(value)
-    if not classes or not label or (isinstance(value, str) and label in classes):
+    label = value_of(value, column)
+    if isinstance(column, NumberColumn) or not classes or not label or (isinstance(value, str) and label in classes):
         return label
     if isinstance(value, str) or not label.isdecimal() or int(label) >= len(classes):
         raise RefusedError(f"has the label {label}, and {len(classes):,} classes: get it again")
@@ -142,7 +171,7 @@ def sidecar_label(suffix: str, content: bytes, key: str = "") -> str:
     keys = [key] if key else [name for name in LABEL_KEYS if name in found]
     if len(keys) > 1:
         raise RefusedError(f"has several labels, {some_of(keys)}: choose one, such as --labels :{keys[0]}")
-    return label_of(found.get(keys[0])) if keys else ""
+    return value_of(found.get(keys[0]), key) if keys else ""
 
 
 def with_sidecars(
@@ -356,12 +385,13 @@ def _joined(table: Rows, names: int, is_headless: bool, column: str) -> LabelTab
         raise BadRequestError(f"{table.where} {said} {shown}: choose one with --labels {table.where}:COLUMN")
     chosen = named[0]
     pairs = [(row[names], row[chosen]) for row in cells if len(row) > max(names, chosen)]
-    if header is not _PAIR and {str(value) for _, value in pairs} == {"-1", "1"}:
+    is_attribute = header is not _PAIR and not isinstance(column, NumberColumn)
+    if is_attribute and {str(value) for _, value in pairs} == {"-1", "1"}:
         # CelebA says so of attributes; without their names -1 means no class.
         pairs = [(name, header[chosen] if str(value) == "1" else f"not {header[chosen]}") for name, value in pairs]
     labels = dict[str, str]()
     for cell, value in pairs:
-        name, label = _row_name(cell), label_of(value)
+        name, label = _row_name(cell), value_of(value, column)
         if (other := labels.setdefault(name, label)) != label:
             raise RefusedError(f"labels {name!r:.80} as {other!r} and as {label!r}: leave one class for each image")
     return LabelTable(table.where, labels, header[chosen], header[names], not any("/" in name for name in labels))

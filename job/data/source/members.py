@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from job.data.source.formats import FORMATS
 from job.exits import BadDataError, MissingInputError, NoPermissionError
@@ -317,6 +317,15 @@ class Source:
     def name(self) -> str:
         """Returns the name of the source in the dataset's index."""
         return printable(self.where.rstrip("/").rpartition("/")[2])
+
+    def changed(self, change: Callable[[Member], Member | None]) -> Source:
+        """Returns the source with each of its files changed, or left out."""
+
+        def wrapped(listed: Callable[..., Iterator[Member]] | None) -> Any:
+            return listed and (lambda *words: filter(None, map(change, listed(*words))))
+
+        listed, listed_in, with_labels = map(wrapped, (self.listed, self.listed_in, self.with_labels))
+        return replace(self, listed=listed, listed_in=listed_in, with_labels=with_labels)
 
     def split_by(self, names: Iterable[str]) -> Source:
         """Returns the source with train alone, if the names of its files say several splits of which train is one."""

@@ -7,12 +7,17 @@ folders became classes before anything is trained.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from job.data.source import members
 from job.data.source.formats import next_step
@@ -130,6 +135,109 @@ def survey(
         sha256=digest.hexdigest(),
         _labels=numbers,
     )
+
+
+class Vectors(NamedTuple):
+    """The numbers of a source's images: their names, float32 [images, k], and mean and deviation of each, float64 [k].
+
+    The statistics are those of all images, so that a part that is held out has the same.
+    """
+
+    names: tuple[str, ...] = ()
+    values: np.ndarray = np.empty((0, 0), np.float32)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    sha256: str = ""
+    """Of them, and of the survey of their images."""
+
+    def of(self, number: int) -> dict[str, float]:
+        """Returns the numbers of an image of the source by name."""
+        return dict(zip(self.names, self.values[number].tolist(), strict=True)) if self.names else {}
+
+
+def vectors_in(
+    columns: Iterable[tuple[str, Source]], found: Survey, check_stop: Callable[[], object] = bool
+) -> Vectors:
+    """Reads the vector of each image that a survey found.
+
+    Args:
+        columns: the name of each column, with the source whose labels are its numbers.
+        found: the survey.
+        check_stop: called at each image; raises `StoppedError`.
+
+    Raises:
+        BadDataError: an image has no number, or more or fewer than others.
+        BadRequestError: a number is the same for all images.
+    """
+    names, read = list[str](), list[np.ndarray]()
+    for column, source in columns:
+        rows = list[list[str]]()
+        for number, image in enumerate(source.images(labelled=True)):
+            check_stop()
+            if found.label(number) is None:
+                rows.append([])
+                continue
+            rows.append(image.label.split())
+            width = next(filter(None, map(len, rows)), 0)
+            if not rows[-1] or len(rows[-1]) != width:
+                lacking = f"{len(rows[-1])} numbers {column!r}, and others {width}" if rows[-1] else f"no {column!r}"
+                said = f"{image.name!r} has {lacking}: each image needs all, or is to be left out"
+                raise BadDataError(f"{source.where}: {said}")
+        names += [column] if width == 1 else [f"{column}.{place}" for place in range(width)]
+        read.append(np.array([row or ["0"] * width for row in rows], np.float64))
+    values = np.concatenate(read, axis=1)
+    kept = values[[found.label(number) is not None for number in range(len(values))]]
+    # Exactly rounded, so that all machines find the same.
+    mean = [math.fsum(of_one) / len(kept) for of_one in kept.T]
+    std = [math.sqrt(math.fsum(square) / len(kept)) for square in (kept.T - np.array(mean)[:, None]) ** 2]
+    for name, deviation, value in zip(names, std, mean, strict=True):
+        if not deviation:
+            raise BadRequestError(f"--vector: {name!r} is {value:g} for all images, which tells nothing: leave it out")
+    values = values.astype(np.float32)
+    named = json.dumps([found.sha256, names]).encode() + values.tobytes()
+    return Vectors(tuple(names), values, tuple(mean), tuple(std), hashlib.sha256(named).hexdigest())
+
+
+class Pairs(NamedTuple):
+    """The images of a source that have a condition: their paths without suffixes, and SHA-256 of the conditions."""
+
+    stems: set[str]
+    sha256: str
+    lonely: int
+    """The number of images without one."""
+
+
+def condition_pairs(source: Source, conditions: Source, check_stop: Callable[[], object] = bool) -> Pairs:
+    """Finds the condition of each image, by its path without the suffix.
+
+    Raises:
+        BadRequestError: no image has one, two share one, or they come in another order.
+    """
+    images, others, digest = list[str](), list[str](), hashlib.sha256()
+    for image in source.images():
+        check_stop()
+        images.append(path_stem(image.name))
+    for other in conditions.images():
+        check_stop()
+        others.append(path_stem(other.name))
+        digest.update(b"%d:%b%d;" % (len(other.name.encode()), other.name.encode(), other.size_bytes))
+    both = {*images} & {*others}
+    ours, theirs = ([stem for stem in each if stem in both] for each in (images, others))
+    if not both:
+        there = f", but {others[0]!r}" if others else ""
+        raise BadRequestError(f"--condition {conditions.where} has no image {images[0]!r}{there}: names must be equal")
+    if several := [each for each in (ours, theirs) if len(each) > len(both)]:
+        twice, _ = Counter(several[0]).most_common(1)[0]
+        raise BadRequestError(f"--condition {conditions.where}: there are several images {twice!r}: rename all but one")
+    if ours != theirs:
+        said = f"has another order than {source.where}: put both into folders"
+        raise BadRequestError(f"--condition {conditions.where} {said}")
+    return Pairs(both, digest.hexdigest(), len(images) - len(ours))
+
+
+def path_stem(name: str) -> str:
+    """Returns a path without its suffix."""
+    return name.rpartition(".")[0]
 
 
 def lacking_labels(where: str, lacking: int, images: int, examples: Sequence[str]) -> BadDataError:

@@ -81,7 +81,7 @@ def judged(folder, way, x):
 
 def moments_in(store, index):
     """The stored float16 [N, 8, H, W]."""
-    return ImageCache(store, index).read(np.arange(index.images)).view(np.float16).transpose(0, 3, 1, 2).copy()
+    return ImageCache(store, index).read(np.arange(index.images)).transpose(0, 3, 1, 2).copy()
 
 
 def encode(source, autoencoder, bucket, *more):
@@ -94,16 +94,17 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     store = open_store(str(bucket))
     index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
     assert len(index.shards) == len(source.shards) > 2
-    assert (str(index.size), index.image_shape, index.classes) == ("8", (8, 8, 16), source.classes)
+    assert (str(index.size), index.row_shape, index.classes) == ("8", (8, 8, 16), source.classes)
     pixels = ImageCache(store, source).read(np.arange(source.images))
     theirs = judged(autoencoder, "encode", torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
     paths = [str(bucket / KEY / shard.name) for shard in index.shards]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
-    ours = torch.from_numpy(np.stack([sample["npy"] for sample in samples])).float()
+    stored = np.stack([sample["npy"] for sample in samples]).transpose(0, 3, 1, 2)
+    ours = torch.from_numpy(stored).float()
     assert (ours - theirs).abs().max() < 2e-3
     assert [sample["cls"] for sample in samples[:3]] == ImageCache(store, index).labels(np.arange(3)).tolist()
-    assert np.array_equal(moments_in(store, index), np.stack([sample["npy"] for sample in samples]))
+    assert np.array_equal(moments_in(store, index), stored)
     # Measured over what is drawn.
     drawn = latents_of(index).drawn(0, torch.arange(index.images), ours)
     assert drawn.mean(dim=(0, 2, 3)).abs().max() < 0.05

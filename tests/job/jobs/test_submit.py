@@ -190,6 +190,10 @@ def test_bucket_of_a_job(targets_folder, monkeypatch):
     spec = built("pack", ["photos", "mine", "--size", "8", "--bucket", "b"], "container")
     assert spec.bucket == str(targets_folder / "b")
     assert spec.argv[2:4] == (str(targets_folder / "photos"), "mine")
+    options = ["--vector", "a/b.csv:age,angle", "--condition", "masks"]
+    spec = built("pack", ["photos", "mine", "--size", "8", "--bucket", "b", *options], "container")
+    vector = str(targets_folder / "a/b.csv:age,angle")
+    assert {("--vector", vector), ("--condition", str(targets_folder / "masks"))} <= {*pairwise(spec.argv)}
     assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(targets_folder / "b"))
 
 

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from job.data.codecs import encode
+from job.data.images import MOST_CHANNELS
 from job.data.source import members
 from job.data.source.formats import netpbm
 from job.data.source.labels import chosen_label, label_of, text_of
@@ -34,7 +36,9 @@ _UNNAMED = {"arr_0": "images", "arr_1": "labels"}
 
 _HEADER_BYTES = 10_240
 _LEAST_SIDE = 4
-_NEXT_STEP = "save it as uint8 [images, height, width, 1 or 3] in C order, and pack that"
+_ONE_IMAGE_SIDE = 32
+"""The least side of [H, W, C] for one image: narrower ones are many of W columns and C rows."""
+_NEXT_STEP = "save it as uint8 or uint16 [images, height, width, channels] in C order, and pack that"
 
 # Of headers that Python 2 wrote.
 warnings.filterwarnings("ignore", message="Reading `.npy`")
@@ -52,6 +56,7 @@ class _Array:
         start: position of the first value in its stream.
         size_bytes: size of the stream.
         open: opens the stream.
+        is_one: whether the file holds one image, which may have a folder for its class.
     """
 
     path: str
@@ -61,6 +66,7 @@ class _Array:
     start: int
     size_bytes: int
     open: Callable[[], BinaryIO]
+    is_one: bool = False
 
     @property
     def split(self) -> str:
@@ -92,15 +98,22 @@ class _Array:
     def stored(self) -> tuple[tuple[int, ...], tuple[int, int, int]] | None:
         """Returns the shape of each image, and the axes that make it [height, width, channels]; None for no images.
 
-        Images are uint8 [N, H, W, C], [N, C, H, W] or [N, H, W], or flat: grey, or channel by channel as ImageNet-64.
+        Images are [N, H, W, C], [N, C, H, W] or [N, H, W] of uint8 or uint16, with up to 16 channels; or flat: grey, or
+        channel by channel as ImageNet-64.
         """
-        if self.dtype != np.uint8 or self.is_fortran or self.are_labels or min(self.shape, default=0) < 1:
+        if self.dtype not in (np.uint8, np.uint16) or self.is_fortran or self.are_labels:
+            return None
+        if min(self.shape, default=0) < 1:
             return None
         shape: tuple[int, ...]
         match self.shape:
             case (_, height, width, 1 | 3 as channels):
                 shape, axes = (height, width, channels), (0, 1, 2)
             case (_, 1 | 3 as channels, height, width):
+                shape, axes = (channels, height, width), (1, 2, 0)
+            case (_, height, width, channels) if channels <= MOST_CHANNELS and channels < min(height, width):
+                shape, axes = (height, width, channels), (0, 1, 2)
+            case (_, channels, height, width) if channels <= MOST_CHANNELS and channels < min(height, width):
                 shape, axes = (channels, height, width), (1, 2, 0)
             case (_, height, width):
                 shape, axes = (height, width, 1), (0, 1, 2)
@@ -143,7 +156,8 @@ def array_source(files: Files, column: str | None) -> Source | None:
         for images in named:
             with members.refusing(files.place):
                 images.check()
-                labels = None if column is None else _labels_of(files.place, images, named, arrays, column)
+                has_none = column is None or images.is_one
+                labels = None if has_none else _labels_of(files.place, images, named, arrays, column or "")
             sets.append((images, labels))
     if not sets and not files.chosen and any(name.lower().endswith(members.ARCHIVES) for name in files.names):
         return None
@@ -201,7 +215,9 @@ def _array(path: str, stream: Any, size_bytes: int, opener: Callable[[], BinaryI
     # NumPy evaluates the header as a Python literal, which raises anything from TokenError to MemoryError.
     except Exception:
         raise refused(path, "is damaged, or not an array: get it again") from None
-    return _Array(path, dtype, shape, is_fortran, start=start.tell(), size_bytes=size_bytes, open=opener)
+    is_one = len(shape) == 3 and 0 < shape[2] <= MOST_CHANNELS and min(shape[:2]) >= _ONE_IMAGE_SIDE
+    shape = (1, *shape) if is_one else shape
+    return _Array(path, dtype, shape, is_fortran, start.tell(), size_bytes, opener, is_one)
 
 
 def _labels_of(
@@ -229,11 +245,10 @@ def _labels_of(
 
 
 def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
-    """Yields the images as PPM or PGM files."""
+    """Yields the images as files: PPM or PGM, PNG of 16 bits, or `.npy` of other than one or three channels."""
     for images, labels in sets:
         assert images.stored
-        shape, axes = images.stored
-        size_bytes, digits = math.prod(shape), len(str(images.shape[0] - 1))
+        size_bytes, digits = math.prod(images.stored[0]) * images.dtype.itemsize, len(str(images.shape[0] - 1))
         values = None
         if labels:
             with closing(labels.open()) as stream:
@@ -242,15 +257,18 @@ def _members(sets: Iterable[tuple[_Array, _Array | None]]) -> Iterator[Member]:
             values = np.frombuffer(content, labels.dtype)
         with closing(images.open()) as stream:
             for number in range(images.shape[0]):
-                read = partial(_file, stream, images.start + number * size_bytes, shape, axes)
+                read = partial(_file, stream, images, images.start + number * size_bytes)
                 label = "" if values is None else _label(values[number : number + 1])
                 yield Member(f"{images.path}/{number:0{digits}d}.ppm", read, size_bytes=size_bytes, label=label)
 
 
-def _file(stream: BinaryIO, at: int, shape: tuple[int, ...], axes: tuple[int, int, int]) -> bytes:
+def _file(stream: BinaryIO, images: _Array, at: int) -> bytes:
+    assert images.stored
+    shape, axes = images.stored
     stream.seek(at)
-    pixels = np.frombuffer(members.read_exactly(stream, math.prod(shape)), np.uint8)
-    return netpbm(pixels.reshape(shape).transpose(axes))
+    content = members.read_exactly(stream, math.prod(shape) * images.dtype.itemsize)
+    pixels = np.frombuffer(content, images.dtype).reshape(shape).transpose(axes)
+    return netpbm(pixels) if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3) else encode(pixels)
 
 
 def _label(value: np.ndarray) -> str:

@@ -21,7 +21,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from job.data.source import members
-from job.data.source.labels import LABEL_KEYS, chosen_label, class_names, label_among
+from job.data.source.labels import LABEL_KEYS, ImageColumn, chosen_label, class_names, label_among
 from job.data.source.members import Files, Member, RefusedError, Source, path_parts, split_in
 from job.exits import BadRequestError, needs_extra
 from job.progress import some_of
@@ -111,7 +111,7 @@ def _rows(open_table: _Opener, columns: _Columns, where: str, name: str) -> _Row
                 at_once = _LABELS_READ if pa.types.is_primitive(table.schema.field(label).type) else 1
                 before = len(found.labels)
                 for values in group.values(label, at_once):
-                    read = (label_among(columns.classes, value.as_py()) for value in values)
+                    read = (label_among(columns.classes, value.as_py(), label) for value in values)
                     found.labels.extend(texts.setdefault(text, text) for text in read)
                 if (there := len(found.labels) - before) != group.rows:
                     raise _promises(group.rows, there)
@@ -342,6 +342,10 @@ def _columns_of(schema: Any, where: str, column: str | None) -> _Columns:
         said = f"is a table without a column of images, and has {some_of(schema.names)}. A row has one encoded image"
         raise RefusedError(f"{said}, and no pixels as numbers or lists: write it by `datasets`, as the feature Image")
     usual = [name for name in sorted(images, key=str.lower) if name.lower() in _IMAGES] or images
+    if isinstance(column, ImageColumn):
+        if column not in images:
+            raise BadRequestError(f"{where} has no images {column!r}, but {some_of(images)}: use --condition :COLUMN")
+        return _Columns(column)
     if len(usual) > 1:
         raise BadRequestError(f"{where} has several columns of images: {some_of(images)}: write it with one of them")
     if column is None:

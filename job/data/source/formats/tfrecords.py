@@ -221,7 +221,7 @@ def _label(features: _Features, layout: _Layout, classes: Sequence[str]) -> str:
         raise RefusedError(f"has {later}, which the first record lacks: use --labels :{later}")
     values = features.get(layout.label or "", ())
     value = values if len(values) > 1 else next(iter(values), None)
-    return label_among(classes, text_of(value) if isinstance(value, bytes) else value)
+    return label_among(classes, text_of(value) if isinstance(value, bytes) else value, layout.label or "")
 
 
 def _file(features: _Features, layout: _Layout) -> bytes:

@@ -26,7 +26,7 @@ from fsspec.config import conf
 from PIL import Image
 from tfrecord import TFRecordWriter
 
-from job.data.images import are_grey
+from job.data.images import found_in
 from job.data.shards import load_index
 from job.data.source import members, open_source
 from job.data.source.members import Source
@@ -75,7 +75,7 @@ def assert_read(place: Path | str, images: np.ndarray | list[bytes], labels: obj
         assert contents == images, place
     else:
         np.testing.assert_array_equal(pixels_of(source), images)
-        assert are_grey(iter(contents)) == (images.ndim == 3)
+        assert found_in(iter(contents)).channels == (1 if images.ndim == 3 else 3)
     expected = [""] * len(images) if labels is None else [str(label) for label in np.asarray(labels).reshape(-1)]
     assert labels_of(source) == expected, place
 
@@ -207,7 +207,7 @@ def test_one_of_several_labels_is_chosen(tmp_path: Path) -> None:
 def test_other_arrays_are_refused_by_name_type_and_shape(tmp_path: Path) -> None:
     for array, shown in [
         (np.zeros((2, 8, 8, 3), np.float32), "a.npy is float32 [2, 8, 8, 3]"),
-        (np.zeros((2, 8, 8, 4), np.uint8), "a.npy is uint8 [2, 8, 8, 4]"),
+        (np.zeros((2, 8, 8, 17), np.uint8), "a.npy is uint8 [2, 8, 8, 17]"),
         (np.zeros((8, 8, 3), np.uint8), "a.npy is uint8 [8, 8, 3]"),
         (np.zeros((0, 8, 8, 3), np.uint8), "a.npy is uint8 [0, 8, 8, 3]"),
         (np.zeros((2, 8, 8), np.int64), "a.npy is int64 [2, 8, 8]"),
@@ -218,7 +218,7 @@ def test_other_arrays_are_refused_by_name_type_and_shape(tmp_path: Path) -> None
         saved(tmp_path / "a.npz", a=array)
         for place in ("a.npy", "a.npz", "."):
             said = line_of(tmp_path / place)
-            assert shown in said and "save it as uint8 [images, height, width, 1 or 3] in C order" in said
+            assert shown in said and "save it as uint8 or uint16 [images, height, width, channels] in C order" in said
     # Statistics beside archives are no images, and forbid none.
     folder = folder_of(tmp_path / "both", [("mu.npy", npy(np.zeros(2048)))])
     zip_of(folder / "photos.zip", [("1.png", png(1))])
