@@ -259,6 +259,7 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
         if chosen is not None and chosen != there:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
     changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name, "data.classes": ()}
+    changes["condition.channels"] = config.condition.channels_of(index.channels) if config.condition.derive else 0
     if config.model.num_classes == 0:
         # The user asked for a network without classes.
         del changes["model.num_classes"]

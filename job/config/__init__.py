@@ -51,6 +51,8 @@ CHOSEN_ELSEWHERE = {
     "data.latents": "--dataset NAME",
     "data.classes": "ddpm import",
     "data.order": "the program",
+    "condition.channels": "--dataset NAME, or condition.derive",
+    "condition.vector": "--dataset NAME",
     **dict.fromkeys(
         ("network", "model.file", "model.network", "model.sha256", "model.inputs"), "--network FILE.py:CLASS"
     ),

@@ -8,6 +8,7 @@ import random
 import time
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm import precision as precision_module
 from ddpm import training
 from ddpm.augment import Augmentation
-from ddpm.catalogue import NETWORKS, Diffusion, Train
+from ddpm.catalogue import NETWORKS, Conditioning, Diffusion, Train
 from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
@@ -36,6 +37,7 @@ from ddpm.threads import Threads, group_of
 from tests.ddpm.known import TOLD, build, normal
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
+UNTOLD = Conditioning()
 WORLDS = (1, 2, 3, 4, 5, 7, 8)
 CASES: list[dict[str, Any]] = [
     *({"kind": kind, "network": {"dropout": dropout}} for kind, dropout in product(TOLD, (0.0, 0.1))),
@@ -44,6 +46,9 @@ CASES: list[dict[str, Any]] = [
     {"kind": "unet", "network": {"dropout": 0.1}, "precision": "fp16", "steps": 6},
     {"kind": "unet", "optimizer": "muon"},
     {"kind": "unet", "optimizer": "adamw8bit"},
+    {"kind": "unet", "conditioning": Conditioning("mask:brush", noise=0.5, channels=4), "micro_batch_size": 1},
+    {"kind": "edm2", "conditioning": Conditioning(noise=0.5, channels=1, vector=2)},
+    {"kind": "dit", "conditioning": Conditioning("jpeg:30", channels=3, vector=2)},
 ]
 CPU = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, backward=Tensor.backward, no_sync=lambda network: nullcontext()
@@ -90,23 +95,27 @@ def learnt(
     hooks: training.Hooks = ON,
     network: dict[str, Any] | None = None,
     average: type[EMA] = EMA,
+    conditioning: Conditioning = UNTOLD,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Returns weights, moments, averages and sums of the losses after some steps."""
     objective, settings = objective_and_settings(kind, precision=precision, **options)
+    settings = replace(settings, conditioning=conditioning)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
+    told |= {"condition_channels": conditioning.channels, "vector_size": conditioning.vector}
+    told |= {"condition_noise": conditioning.noise > 0}
     model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
         memory_format=memory_format
     )
     state = create_state(model, settings.train, settings.averages, average)
-    batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)))
+    batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)), conditioning)
     slow = Slow(model, precision, seconds)
     training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)
     return tensors_of(state) | {"losses": state.log.reduced()}
 
 
-def batches_of(steps: int, places: list[int]) -> list[Any]:
+def batches_of(steps: int, places: list[int], conditioning: Conditioning = UNTOLD) -> list[Any]:
     """The images at some places of the first batches."""
     images = np.random.default_rng(0)
     return [
@@ -114,6 +123,12 @@ def batches_of(steps: int, places: list[int]) -> list[Any]:
             image_numbers=np.arange(BATCH_IMAGES * step, BATCH_IMAGES * (step + 1))[places],
             images=torch.from_numpy(images.integers(0, 256, (BATCH_IMAGES, 3, SIZE, SIZE), dtype=np.uint8))[places],
             labels=(torch.arange(BATCH_IMAGES) % CLASSES)[places],
+            conditions=torch.from_numpy(images.integers(0, 256, (BATCH_IMAGES, 1, SIZE, SIZE), dtype=np.uint8))[places]
+            if conditioning.channels and not conditioning.derive
+            else None,
+            vectors=torch.from_numpy(images.standard_normal((BATCH_IMAGES, 2), dtype=np.float32))[places]
+            if conditioning.vector
+            else None,
         )
         for step in range(steps)
     ]
@@ -324,7 +339,9 @@ def test_learnt_uncertainty_divides_the_error() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     objective, settings = objective_and_settings("edm2", batch_size=1, freeze=("gain_out",))
     images = (normal(0, (1, 3, SIZE, SIZE)) * 50 + 128).clamp(0, 255).byte()
-    again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=torch.tensor([1]))
+    again = SimpleNamespace(
+        image_numbers=np.arange(1), images=images, labels=torch.tensor([1]), conditions=None, vectors=None
+    )
     told = {"num_classes": CLASSES, "null_class": True, "self_conditioning": True, "augmentation_labels": 9}
     with_u, without = (build("edm2", image_size=SIZE, uncertainty=has, **told) for has in (True, False))
     part, t = with_u.uncertainty, float(objective.draw(0, torch.arange(1), 1)[0])

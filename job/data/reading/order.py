@@ -165,11 +165,15 @@ class LoadedBatch(NamedTuple):
         image_numbers: int64 [b].
         images: uint8 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
+        conditions: uint8 [b, Cc, H, W], or None.
+        vectors: float32 [b, k], or None.
     """
 
     image_numbers: Int64s
     images: torch.Tensor
     labels: torch.Tensor | None
+    conditions: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
 
 
 def stream_batches(
