@@ -225,6 +225,12 @@ class Conditioning:
         """Returns the channels of a derived condition."""
         return {"grey": 1, "mask": image_channels + 1}.get(self.derive.partition(":")[0], image_channels)
 
+    def small_size(self, size: ImageSize) -> ImageSize:
+        """Returns the size of pictures that are given as conditions: that before `downscale` enlarges them."""
+        kind, _, value = self.derive.partition(":")
+        factor = int(value) if kind == "downscale" else 1
+        return ImageSize(size.height // factor, size.width // factor)
+
     def check(self) -> None:
         """Raises ValueError for a derivation that does not exist."""
         kind, _, value = self.derive.partition(":")

@@ -47,7 +47,7 @@ def derived(derive: str, x: Tensor, seed: int, image_numbers: Tensor) -> Tensor:
     """
     kind, _, value = derive.partition(":")
     if kind == "downscale":
-        height, width = small_size(derive, ImageSize(*x.shape[2:])).shape
+        height, width = Conditioning(derive).small_size(ImageSize(*x.shape[2:])).shape
         return resampled(resampled(x, height, width), *x.shape[2:])
     if kind == "grey":
         red, green, blue = (x[:, place : place + 1] * weight for place, weight in enumerate(LUMA))
@@ -75,19 +75,12 @@ def masked(x: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([torch.where(hidden, 0.0, x), shown], dim=1)
 
 
-def small_size(derive: str, size: ImageSize) -> ImageSize:
-    """Returns the size of the pictures that people give as conditions: that before `downscale` enlarges them."""
-    kind, _, value = derive.partition(":")
-    factor = int(value) if kind == "downscale" else 1
-    return ImageSize(size.height // factor, size.width // factor)
-
-
 def of_pictures(derive: str, x: Tensor, size: ImageSize, hidden: Tensor | None = None) -> Tensor:
     """Returns the conditions of given pictures, which are what `derive` makes of an image.
 
     Args:
         derive: of the run; empty for a dataset of pairs.
-        x: float32 [n, C, H, W] in [-1, 1], of `small_size`.
+        x: float32 [n, C, H, W] in [-1, 1], of `Conditioning.small_size`.
         size: of the learnt images.
         hidden: the part to fill in, bool [H, W], for a run that learns masks; None: as in training, by the place of the
             picture for a brush.

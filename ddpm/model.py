@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ddpm import figures, randomness
 from ddpm.catalogue import GUIDED, SAMPLERS, Conditioning, Diffusion, SampleOptions
-from ddpm.conditions import Picture, Vectors, in_turn, noised, of_pictures, read_pictures, small_size, without
+from ddpm.conditions import Picture, Vectors, in_turn, noised, of_pictures, read_pictures, without
 from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
@@ -455,11 +455,11 @@ class Model:
                 what = f"needs {name}=" if wants else f"takes no {name}"
                 raise ValueError(f"the network {what}: see the settings condition.* of its run")
         if condition is not None:
-            derive, size = self.conditioning.derive, ImageSize(*self.image_shape[1:])
+            settings, size = self.conditioning, ImageSize(*self.image_shape[1:])
             those = [condition] if isinstance(condition, str | os.PathLike | Image.Image) else [*condition]
-            channels = self.image_shape[0] if derive else channels
-            x = read_pictures(those, channels, small_size(derive, size)).to(self.device)
-            image = of_pictures(derive, x, size)
+            channels = self.image_shape[0] if settings.derive else channels
+            x = read_pictures(those, channels, settings.small_size(size)).to(self.device)
+            image = of_pictures(settings.derive, x, size)
         rows = None if vector is None or self.vectors is None else self.vectors.normalised(vector).to(self.device)
         return in_turn(image, rows)
 

@@ -248,6 +248,10 @@ class DatasetIndex(Sealed):
     name: str
     size: Size = Field(description="in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
+    condition_channels: int = Field(default=0, ge=0, le=16, description="of the condition image of each image")
+    vector_names: tuple[str, ...] = Field(default=(), description="of the numbers of each image")
+    vector_mean: tuple[float, ...] = ()
+    vector_std: tuple[float, ...] = ()
     encoding: Encoding | None = Field(default=None, description="of latents: mean and log-variance as float16")
     classes: tuple[str, ...] = ()
     classes_from: Literal["", "labels", "folders"] = Field(default="", description="what named the classes")
@@ -275,6 +279,11 @@ class DatasetIndex(Sealed):
     def key(self) -> str:
         """Returns the dataset's folder in its bucket; see `dataset_key`."""
         return dataset_key(self.name, self.size)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Returns whether each image has a condition image or numbers."""
+        return bool(self.condition_channels or self.vector_names)
 
     @property
     def is_foreign(self) -> bool:

@@ -242,6 +242,7 @@ def restore(
     into: dict[str, dict[str, Any]] | None = None,
     *,
     may_differ: tuple[str, ...] = ("loss_scale",),
+    may_grow: tuple[str, ...] = (),
     groups: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> Restored:
@@ -256,6 +257,7 @@ def restore(
             it verifies, while others still download.
         may_differ: the beginnings of the names of tensors that may be on one side alone, or have another shape there:
             these keep their values. An import has no loss scale, and may go on in fp16.
+        may_grow: the names of tensors that may have more inputs, dimension 1, than in the checkpoint: zeros there.
         groups: those to download; none: those of `into`, or all.
         folder: keeps the files; without it each is deleted as soon as it is read.
 
@@ -286,7 +288,7 @@ def restore(
         paths = pool.map(fetch, (file for file, _ in wanted))
         for (file, group), path in zip(wanted, paths, strict=True):
             if into is not None:
-                _fill(path, file.key, into[group], unfit[group])
+                _fill(path, file.key, into[group], unfit[group], may_grow)
             if folder:
                 files.setdefault(group, []).append(path)
             else:
@@ -349,7 +351,7 @@ class Restored:
     differing: set[str]
 
 
-def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> None:
+def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str], may_grow: tuple[str, ...] = ()) -> None:
     """Copies the values of a file into live tensors; takes their names out of `unfit`, and adds those that it lacks."""
     from safetensors import SafetensorError, safe_open
 
@@ -357,6 +359,9 @@ def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> Non
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 target, value = tensors.get(name), file.get_tensor(name)
+                if target is not None and name in may_grow and target.shape != value.shape:
+                    target, whole = target[:, : value.shape[1]], target
+                    whole[:, value.shape[1] :] = 0
                 if target is not None and target.shape == value.shape:
                     target.copy_(value)
                     unfit.discard(name)

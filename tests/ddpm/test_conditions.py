@@ -9,7 +9,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms import functional as torchvision
 
 from ddpm.catalogue import DERIVATIONS, Conditioning
-from ddpm.conditions import Vectors, derived, learnt, masked, of_pictures, read_pictures, small_size, without
+from ddpm.conditions import Vectors, derived, learnt, masked, of_pictures, read_pictures, without
 from ddpm.image_size import ImageSize
 from ddpm.objective import Condition
 from tests.ddpm.known import levels, normal
@@ -83,7 +83,7 @@ def test_pictures_of_people_become_the_conditions_of_training(tmp_path) -> None:
     saved = [Image.fromarray((((one + 1) * 127.5).round().byte()).permute(1, 2, 0).numpy()) for one in x]
     saved[0].save(tmp_path / "0.png")
     for derive in ("downscale:4", "grey", "mask:centre", "mask:brush", "blur:2"):
-        given = read_pictures([tmp_path / "0.png", *saved[1:]], 3, small_size(derive, size))
+        given = read_pictures([tmp_path / "0.png", *saved[1:]], 3, Conditioning(derive).small_size(size))
         expected = x if derive == "blur:2" else derived(derive, x, 0, torch.arange(9))
         torch.testing.assert_close(of_pictures(derive, given, size), expected, rtol=0, atol=0.02)
     assert read_pictures([saved[0].resize((40, 8))], 1, size).shape == (1, 1, 24, 16)
