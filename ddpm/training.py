@@ -51,7 +51,7 @@ class Batch(Protocol):
 
     @property
     def conditions(self) -> Tensor | None:
-        """The condition images, uint8 [b, Cc, H, W], or None."""
+        """The condition images, uint8 [b, Cc, H, W], or None; a batch may lack this and the next field."""
 
     @property
     def vectors(self) -> Tensor | None:
@@ -167,7 +167,9 @@ def draw(
     # On `mps` copies beside the host give wrong values (github.com/pytorch/pytorch/issues/139550 and 189690).
     beside = to.type == "cuda"
     optional = {
-        name: value.to(to, non_blocking=beside) for name in _OPTIONAL if (value := getattr(batch, name)) is not None
+        name: value.to(to, non_blocking=beside)
+        for name in _OPTIONAL
+        if (value := getattr(batch, name, None)) is not None
     }
     return MicroBatch(
         image_numbers=batch.image_numbers,

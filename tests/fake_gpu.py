@@ -119,9 +119,7 @@ def learn(config: RunConfig, exact: bool) -> None:
     settings, objective = method.settings_of(config), method.objective_of(config)
     labels = torch.zeros(IMAGES, dtype=torch.int64) if config.model.num_classes else None
     images = torch.zeros(IMAGES, 3, SIZE, SIZE, dtype=torch.uint8)
-    batches = [
-        SimpleNamespace(image_numbers=np.arange(IMAGES), images=images, labels=labels, conditions=None, vectors=None)
-    ] * STEPS
+    batches = [SimpleNamespace(image_numbers=np.arange(IMAGES), images=images, labels=labels)] * STEPS
     with fake_gpu():
         network = method.build_network(config, DEVICE)
         state = method.initial_state(network, config)

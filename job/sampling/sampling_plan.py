@@ -378,7 +378,7 @@ def _unknown(mask: str, size: ImageSize) -> tuple[np.ndarray, str]:
         levels, name = _read_image("--mask", mask, Recipe(size, "center", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
     if unknown.all() or not unknown.any():
-        raise BadRequestError(f"--mask {mask}: the white part is replaced, here all of it or nothing")
+        raise BadRequestError(f"--mask {mask}: inpaint replaces the white part, here all of it or nothing")
     return unknown, name
 
 

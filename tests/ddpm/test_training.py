@@ -339,9 +339,7 @@ def test_learnt_uncertainty_divides_the_error() -> None:
     """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
     objective, settings = objective_and_settings("edm2", batch_size=1, freeze=("gain_out",))
     images = (normal(0, (1, 3, SIZE, SIZE)) * 50 + 128).clamp(0, 255).byte()
-    again = SimpleNamespace(
-        image_numbers=np.arange(1), images=images, labels=torch.tensor([1]), conditions=None, vectors=None
-    )
+    again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=torch.tensor([1]))
     told = {"num_classes": CLASSES, "null_class": True, "self_conditioning": True, "augmentation_labels": 9}
     with_u, without = (build("edm2", image_size=SIZE, uncertainty=has, **told) for has in (True, False))
     part, t = with_u.uncertainty, float(objective.draw(0, torch.arange(1), 1)[0])
