@@ -121,6 +121,9 @@ DRAWS = {
     "log_normal": "normal ln(σ/α): log-normal σ of `edm` (Karras et al. 2022, table 1), logit-normal σ of `flow`",
 }
 
+GUIDED = {"all": "", "class": "labels", "condition": "image", "vector": "vector"}
+"""What the weaker estimate of guidance lacks, with its field of `ddpm.objective.Condition`."""
+
 Share = Annotated[float, Interval(ge=0, le=1)]
 Below1 = Annotated[float, Interval(ge=0, lt=1)]
 Positive = Annotated[float, Interval(gt=0, le=LARGEST)]
@@ -203,6 +206,76 @@ class Consistency:
 
 
 @dataclass(frozen=True)
+class Derivation:
+    """A way to make a condition from the learnt image, in `ddpm.conditions`."""
+
+    sentence: str
+    values: tuple[str, ...] = ("",)
+    """The words after the colon, or the smallest and the largest number, of which the first is an example."""
+    channels: tuple[int, ...] = ()
+    """The channels of images that it takes; none: any."""
+
+    @property
+    def low(self) -> str:
+        """The smallest number; empty if it takes words."""
+        return self.values[1] if self.values[0][:1].isdigit() else ""
+
+    def takes(self, value: str) -> bool:
+        """Returns whether it takes this word or number."""
+        if not self.low:
+            return value in self.values
+        digits = value.replace(".", "", "." in self.low)
+        return digits.isdecimal() and float(self.low) <= float(value) <= float(self.values[2])
+
+
+DERIVATIONS = {
+    "downscale": Derivation("smaller by this factor and enlarged again, both bicubic", ("4", "2", "64")),
+    "grey": Derivation("luma of ITU-R BT.601, one channel", channels=(3,)),
+    "blur": Derivation("Gaussian blur of this deviation in pixels", ("2", "0.1", "64")),
+    "jpeg": Derivation("JPEG of this quality, which the host computes", ("30", "1", "95"), channels=(1, 3)),
+    "mask": Derivation("grey in the centre, or in strokes of a brush, and a channel with 1 there", ("centre", "brush")),
+    "noise": Derivation("normal noise of this deviation, clipped", ("0.5", "0.01", "2")),
+}
+_DERIVED = ", ".join(f"{kind}:{one.values[0]}".rstrip(":") for kind, one in DERIVATIONS.items())
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The condition image and the condition vector of a network."""
+
+    derive: Annotated[str, f"condition image made from the image: {_DERIVED}, mask:brush"] = ""
+    noise: Annotated[Below1, "largest noise that training adds to the condition image, told to the network"] = 0.0
+    channels: Annotated[CountOrNone, "channels of the condition image; 0: none"] = 0
+    vector: Annotated[CountOrNone, "numbers in the condition vector; 0: none"] = 0
+
+    def channels_of(self, image_channels: int) -> int:
+        """Returns the channels of a derived condition."""
+        return {"grey": 1, "mask": image_channels + 1}.get(self.derive.partition(":")[0], image_channels)
+
+    def small_size(self, size: ImageSize) -> ImageSize:
+        """Returns the size of pictures that are given as conditions: that before `downscale` enlarges them."""
+        kind, _, value = self.derive.partition(":")
+        factor = int(value) if kind == "downscale" else 1
+        return ImageSize(size.height // factor, size.width // factor)
+
+    def check(self) -> None:
+        """Raises ValueError for a derivation that does not exist."""
+        kind, _, value = self.derive.partition(":")
+        if self.derive and not (kind in DERIVATIONS and DERIVATIONS[kind].takes(value)):
+            numbers = ", ".join(f"{name} {' to '.join(one.values[1:])}" for name, one in DERIVATIONS.items() if one.low)
+            raise ValueError(f"condition.derive={self.derive!r:.99}: use {_DERIVED} or mask:brush ({numbers})")
+
+    def check_images(self, channels: int, size: ImageSize) -> None:
+        """Raises ValueError for images from which the condition cannot be made."""
+        kind, _, value = self.derive.partition(":")
+        if (takes := DERIVATIONS[kind].channels) and channels not in takes:
+            needs = f"needs images of {' or '.join(map(str, takes))} channels, and these have {channels}"
+            raise ValueError(f"condition.derive={self.derive} {needs}")
+        if kind == "downscale" and any(side % int(value) for side in size.shape):
+            raise ValueError(f"condition.derive={self.derive}: {size} pixels are no multiple of {value}")
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
@@ -218,6 +291,8 @@ class SampleOptions:
     guidance: Annotated[NotNegative, "guidance scale, for example 2; 1 turns guidance off"] = 1.0
     guidance_interval: Annotated[Pair | None, "range of sigma/alpha with guidance; null: all"] = None
     guidance_rescale: Annotated[Share, "share of guidance's added contrast that is removed"] = 0.0
+    guidance_by: Annotated[OneOf[str, GUIDED], "conditions that the weaker estimate of guidance lacks"] = "all"
+    condition_noise: Annotated[Below1, "noise added to the condition image, at most condition.noise"] = 0.0
     autoguidance: Annotated[CountOrNone, "guide away from this epoch's network; 0: from no class"] = 0
     autoguidance_run: Annotated[str, "run of that network; empty: the run itself"] = ""
     autoguidance_weights: Annotated[str, "weights of the network of --autoguidance; default: as --weights"] = ""
@@ -312,9 +387,13 @@ Mults = Annotated[tuple[Mult, ...], Len(1, 12), "channel multiplier of each leve
 AttentionSizes = Annotated[tuple[Count, ...], "sizes of the levels that have attention: their shorter side, in pixels"]
 LayersPerLevel = Annotated[int, Interval(ge=1, le=64), "residual blocks per level of the encoder"]
 Heads = Annotated[Count, "attention heads"]
-_INPUTS = "conv_in time_embedding class_embedding augmentation_embedding"
+_INPUTS = "conv_in time_embedding class_embedding augmentation_embedding vector_embedding noise_embedding"
 OF_CLASSES = ("class_embedding", "label_emb")
 """The parts of networks whose shape depends on the number of classes."""
+OF_NUMBERS = ("vector_embedding", "noise_embedding")
+"""The parts whose last layer begins at zero: a network that gets them gives the same images at first."""
+OF_IMAGES = ("conv_in.weight", "patches.weight")
+"""The weights of networks whose last inputs are the channels of a condition image."""
 
 
 @dataclass(frozen=True)
@@ -326,13 +405,15 @@ class NetworkConfig:
     schedule: ClassVar[str] = ""
     """The only schedule whose t it takes; empty: all."""
     takes_estimates: ClassVar[bool] = True
-    """Whether it has inputs for its own estimate of x_0 and for labels of augmentation."""
+    """Whether it has inputs for its own estimate of x_0, labels of augmentation, and a condition image or vector."""
     parts: ClassVar[str] = ""
     """The names of its parts, in order, with those of inputs that a network may lack; parameters begin with them."""
 
     kind: str = ""
     num_classes: Annotated[CountOrNone | None, "null: as in the dataset; 0: unconditional"] = None
-    label_dropout: Annotated[Below1, "share of images trained without class, for guidance"] = 0.0
+    label_dropout: Annotated[
+        Below1, "share of images trained without class and condition, and without each of several; for guidance"
+    ] = 0.0
     gradient_checkpointing: Annotated[bool, "recompute activations: less memory, slower, same result"] = False
 
     def check_size(self, size: ImageSize | None) -> None:
@@ -401,7 +482,10 @@ class DiTConfig(NetworkConfig):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
 
     class_name: ClassVar[str] = "DiT"
-    parts: ClassVar[str] = "patches linear_1 linear_2 class_embedding augmentation_embedding blocks modulation output"
+    parts: ClassVar[str] = (
+        "patches linear_1 linear_2 class_embedding augmentation_embedding vector_embedding noise_embedding "
+        "blocks modulation output"
+    )
 
     kind: Literal["dit"] = "dit"
     patch_size: Annotated[Count, "height and width of a patch, in pixels"] = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm import interop, networks
-from ddpm.catalogue import Diffusion, SampleOptions
+from ddpm.catalogue import Conditioning, Diffusion, SampleOptions
 from ddpm.device import best_device
 from ddpm.model import Model, Sampling
 from ddpm.networks.adapter import build_adapted
@@ -23,6 +23,7 @@ NETWORK_JSON = "network.json"
 """The file that describes a network of a user, in the place of `config.json`."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _SCHEDULER, _NAMES = "scheduler_config.json", "id2label.json"
+_CONDITION = "condition.json"
 
 
 def load(
@@ -31,7 +32,7 @@ def load(
     """Loads the model of a diffusers folder on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
 
     It runs no code from the folder, since it reads weights from safetensors alone. The default sampler is `ddim`. The
-    file `id2label.json`, if there is one, names the classes.
+    file `id2label.json`, if there is one, names the classes, and `condition.json` has the settings of the condition.
 
     Args:
         folder: with `unet/config.json`, or `config.json`.
@@ -58,10 +59,13 @@ def load(
         options = interop.unet_options(_json(inner / _CONFIG))
         scheduler = _json(found) if found else {}
         said = interop.process_options(scheduler)
-        shape, labels = _network_shape(options, said["variance"]), options["num_classes"]
+        conditioning = _conditioning(root)
+        shape, labels = _network_shape(options, said["variance"], conditioning.channels), options["num_classes"]
+        # `build` counts the images alone.
+        options["in_channels"] -= conditioning.channels
         # On "meta" no memory is allocated before the weights are known to fit.
         with torch.device("meta"):
-            unet = networks.build("unet", **options)
+            unet = networks.build("unet", **options, condition_channels=conditioning.channels)
         tensors: dict[str, Tensor] = {}
         for path in _weights(inner):
             tensors |= load_file(path)
@@ -92,6 +96,7 @@ def load(
         classes=classes,
         null_class=len(classes) < labels,
         diffusion=diffusion,
+        conditioning=conditioning,
         threads=threads_of(device),
         source=str(root),
     )
@@ -106,6 +111,7 @@ def _own_model(root: Path, device: str | torch.device | None, kind: type[torch.n
         raise ValueError(
             f"{root} has a network of its own: name its class, as in load(folder, network={said['network']})"
         )
+    conditioning = _conditioning(root)
     shape, diffusion, count = tuple(said["image_shape"]), Diffusion(**_tuples(said["diffusion"])), said["num_classes"]
     network = build_adapted(
         kind,
@@ -114,6 +120,8 @@ def _own_model(root: Path, device: str | torch.device | None, kind: type[torch.n
         num_classes=count + said["null_class"],
         out_channels=shape[0] * (1 + diffusion.learns_variance),
         augmentation_labels=said["augmentation_labels"],
+        condition_channels=conditioning.channels,
+        vector_size=conditioning.vector,
     )
     tensors = {name: each for path in _weights(root) for name, each in load_file(path).items()}
     if differing := tensors.keys() ^ dict(network.named_parameters()).keys():
@@ -130,6 +138,7 @@ def _own_model(root: Path, device: str | torch.device | None, kind: type[torch.n
         classes=_class_names(root / _NAMES, count + said["null_class"]) if count else (),
         null_class=said["null_class"],
         diffusion=diffusion,
+        conditioning=conditioning,
         threads=threads_of(device),
         source=str(root),
     )
@@ -139,14 +148,18 @@ def _tuples(said: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
 
 
-def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:
+def _conditioning(root: Path) -> Conditioning:
+    return Conditioning(**_json(root / _CONDITION)) if (root / _CONDITION).is_file() else Conditioning()
+
+
+def _network_shape(options: interop.Options, variance: str, condition_channels: int) -> tuple[int, int, int]:
     """Returns (C, H, W) of the images of a network with these arguments.
 
     Raises:
         ValueError: its numbers of channels do not fit a diffusion model.
     """
     channels = options["out_channels"] // (2 if variance == "learned_range" else 1)
-    if options["in_channels"] not in (channels, 2 * channels):
+    if options["in_channels"] - condition_channels not in (channels, 2 * channels):
         found = f"{options['in_channels']} channels to {options['out_channels']}"
         raise ValueError(
             f"the network maps {found}: a scheduler with variance_type=learned_range is missing, or it is another model"

@@ -6,6 +6,7 @@ Each seed has one image, for any batch, order and number of processes.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,11 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import figures, randomness
-from ddpm.catalogue import SAMPLERS, Diffusion, SampleOptions
+from ddpm.catalogue import GUIDED, SAMPLERS, Conditioning, Diffusion, SampleOptions
+from ddpm.conditions import Picture, Vectors, in_turn, noised, of_pictures, read_pictures, without
 from ddpm.grids import make_grid, numbered_points, shifted
+from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.process import Point, Prediction, Process
+from ddpm.randomness import Purpose
 from ddpm.samplers import FUNCTIONS, Denoiser, NoiseAt, Sampler, Walk, from_noise
 from ddpm.threads import Threads, group_of
 
@@ -51,9 +55,9 @@ UNGUIDED = Guidance()
 def guided(denoise: Denoiser, both: Pair, guidance: Guidance) -> Denoiser:
     """Returns a guided denoiser; x_0 is an affine function of the network's output for every prediction.
 
-    The worse estimate is that of the null class (Ho & Salimans 2022, equation 6) or that of a network with less
-    training (Karras et al. 2024, equation 4). Within the interval it calls `both`, and else `denoise`. The share of β,
-    if there is one, is that of the better estimate.
+    The worse estimate is that without class and condition (Ho & Salimans 2022, equation 6) or that of a network with
+    less training (Karras et al. 2024, equation 4). Within the interval it calls `both`, and else `denoise`. The share
+    of β, if there is one, is that of the better estimate.
     """
     low, high = guidance.interval
 
@@ -120,6 +124,7 @@ def make_denoiser(
     callback: Callback | None = None,
     guidance: Guidance = UNGUIDED,
     null_class: int | None = None,
+    guided_by: str = "all",
     worse: Network | None = None,
     with_share: bool = False,
 ) -> Denoiser:
@@ -134,9 +139,10 @@ def make_denoiser(
         clip: whether the estimated x_0 is clipped to [-1, 1] (as in Ho et al.'s code), after guidance; the network's
             own estimate is clipped likewise.
         callback: see `Callback`.
-        guidance: see `Guidance`; without a worse network it moves away from the estimate of the null class, and both
-            estimates share a batch.
+        guidance: see `Guidance`; without a worse network it moves away from the estimate without class and condition,
+            and both estimates share a batch.
         null_class: the number of the class for images without a class.
+        guided_by: the conditions that the worse estimate lacks without a worse network, see `ddpm.catalogue.GUIDED`.
         worse: a network with less training.
         with_share: whether the denoiser also returns the share of β.
 
@@ -160,9 +166,9 @@ def make_denoiser(
     def both(x_t: Tensor, point: Point[float]) -> tuple[Tensor, Tensor]:
         if worse is not None:
             return one(x_t, point), answer_of(worse, x_t, point, condition)
-        assert condition.labels is not None and null_class is not None
-        without = condition._replace(labels=torch.full_like(condition.labels, null_class))
-        pairs = zip(condition, without, strict=True)
+        left_out = [GUIDED[guided_by]] if guided_by != "all" else [*GUIDED.values()]
+        less = without(condition, [(name, True) for name in left_out if name], null_class or 0)
+        pairs = zip(condition, less, strict=True)
         # In pairs, so that a group of the batch holds the same images in a batch of any size.
         twice = (None if a is None or b is None else torch.stack([a, b], dim=1).flatten(0, 1) for a, b in pairs)
         answers = answer_of(network, x_t.repeat_interleave(2, dim=0), point, Condition(*twice))
@@ -238,8 +244,12 @@ class Model:
         image_shape: (C, H, W) of the images or latents.
         sampling: the default settings of sampling.
         classes: names of the network's classes, by number.
-        null_class: whether a further class stands for images without a class, as guidance needs.
+        null_class: whether the network has also learnt images without class and condition, as guidance needs; of a
+            network with classes a further class stands for these.
         diffusion: the settings of its training.
+        conditioning: those of its condition image and vector.
+        vectors: the statistics of the numbers in the vector.
+        given: returns the condition images and vectors of seeds, int64 [B].
         autocast: context for the network alone, such as bf16 autocast.
         decode: decodes latents to pixels [B, c, h, w]; `pixels` clamps these to [-1, 1].
         worse: a network with less training, for guidance away from it.
@@ -258,6 +268,9 @@ class Model:
     classes: tuple[str, ...] = ()
     null_class: bool = False
     diffusion: Diffusion = field(default_factory=Diffusion)
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    vectors: Vectors | None = None
+    given: Callable[[Tensor], Condition] = lambda seeds: UNCONDITIONAL
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None
     worse: nn.Module | None = None
@@ -291,6 +304,8 @@ class Model:
         *,
         seed: int = 0,
         classes: str | int | Sequence[str | int] | None = None,
+        condition: Picture | Sequence[Picture] | None = None,
+        vector: Sequence[float] | Sequence[Sequence[float]] | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -304,6 +319,9 @@ class Model:
             images: number of images.
             seed: seed of the first image.
             classes: names or numbers of the classes that the seeds take in turn; None: all.
+            condition: pictures or files that the seeds take in turn, for a network with condition images: what
+                `condition.derive` makes of an image, or before `downscale` enlarges it. Each is resized if need be.
+            vector: the numbers of a condition vector, or several such rows, which the seeds take in turn.
             sampler: such as `ddim`, `unipc` or `ddpm`.
             steps: number of sampling steps.
             guidance: scale of the guidance away from images without a class; 1: off.
@@ -313,7 +331,8 @@ class Model:
 
         Raises:
             ValueError: a number is out of range, a class, sampler or grid is unknown, there are more steps than
-                timesteps, the network has not learnt what guidance needs, or pictures cannot hold its images.
+                timesteps, a condition is missing or superfluous, the network has not learnt what guidance needs, or
+                pictures cannot hold its images.
             NotFiniteError: the images have values that are not finite.
             TypeError: an option is unknown.
         """
@@ -332,12 +351,12 @@ class Model:
             options["labels"] = self._labels(classes)
         if guidance is not None:
             options["guidance"] = float(guidance)
-        sampling = self._sampling(sampler, steps, options)
+        sampling, model = self._sampling(sampler, steps, options), replace(self, given=self._given(condition, vector))
         with _bar(total=images * self.evaluations_of(sampling)) as advance:
             parts = []
             for first in range(0, images, batch_size):
                 seeds = torch.arange(first, min(first + batch_size, images), device=self.device) + seed
-                parts.append(self.sample_seeds(seeds, sampling, lambda _, x_t, __: advance(len(x_t))))
+                parts.append(model.sample_seeds(seeds, sampling, lambda _, x_t, __: advance(len(x_t))))
         x = torch.cat(parts)
         if as_tensor:
             return x
@@ -353,7 +372,7 @@ class Model:
         chosen = {"steps": steps, "sampler": sampler, **options}
         sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
         if sampling.guidance != 1 and not self.null_class and self.worse is None:
-            raise ValueError("guidance needs a network that has also learnt images without their class")
+            raise ValueError("guidance needs a network that has also learnt images without class and condition")
         return sampling
 
     def sample_seeds(
@@ -386,15 +405,23 @@ class Model:
         estimate = None
         if self.diffusion.self_conditioning:
             estimate = torch.zeros(len(seeds), *self.image_shape, device=self.device)
+        labels = taken[seeds % len(taken)] if self.classes else None
+        condition = self.given(seeds)._replace(labels=labels, x_start=estimate)
+        if self.conditioning.noise and condition.image is not None:
+            shape, device = condition.image.shape[1:], condition.image.device
+            noise = randomness.condition_noise(Purpose.SAMPLING_CONDITION, 0, seeds, shape, device)
+            level = torch.full((len(seeds),), sampling.condition_noise, dtype=torch.float64)
+            condition = noised(condition, level, noise)
         return make_denoiser(
             self.predict,
             self.process,
             self.prediction,
-            Condition(taken[seeds % len(taken)] if self.classes else None, estimate),
+            condition,
             clip=sampling.clip,
             callback=callback,
             guidance=sampling.guide,
             null_class=len(self.classes),
+            guided_by=sampling.guidance_by,
             worse=self.worse and partial(self._answer, self.worse),
             with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
@@ -419,6 +446,28 @@ class Model:
     def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
         """Returns the number of evaluations of the network for an image."""
         return evaluations_of(self.process, sampling, self.image_shape, walk)
+
+    def _given(
+        self, condition: Picture | Sequence[Picture] | None, vector: Sequence[float] | Sequence[Sequence[float]] | None
+    ) -> Callable[[Tensor], Condition]:
+        """Returns the conditions of seeds, which take those of `sample` in turn.
+
+        Raises:
+            ValueError: a condition is missing, superfluous or of another form.
+        """
+        channels, numbers, image = self.conditioning.channels, self.conditioning.vector, None
+        for name, wants, found in (("condition", channels, condition), ("vector", numbers, vector)):
+            if bool(wants) != (found is not None):
+                what = f"needs {name}=" if wants else f"takes no {name}"
+                raise ValueError(f"the network {what}: see the settings condition.* of its run")
+        if condition is not None:
+            settings, size = self.conditioning, ImageSize(*self.image_shape[1:])
+            those = [condition] if isinstance(condition, str | os.PathLike | Image.Image) else [*condition]
+            channels = self.image_shape[0] if settings.derive else channels
+            x = read_pictures(those, channels, settings.small_size(size)).to(self.device)
+            image = of_pictures(settings.derive, x, size)
+        rows = None if vector is None or self.vectors is None else self.vectors.normalised(vector).to(self.device)
+        return in_turn(image, rows)
 
     def _labels(self, classes: str | int | Sequence[str | int]) -> tuple[int, ...]:
         if not self.classes:

@@ -38,6 +38,12 @@ class Condition(NamedTuple):
     """An estimate of x_0 [B, C, H, W] for a network with self-conditioning; None stands for zeros."""
     augmentation: Tensor | None = None
     """Labels of augmentation, float32 [B, n], for a network that takes them; None: the images are not augmented."""
+    image: Tensor | None = None
+    """A condition image, float32 [B, Cc, H, W] in [-1, 1]; zeros for an image without its condition."""
+    image_noise: Tensor | None = None
+    """The level of the noise in it, float32 [B], for a network that is told."""
+    vector: Tensor | None = None
+    """Normalised numbers and 1, float32 [B, k + 1]; zeros for an image without its numbers."""
 
 
 UNCONDITIONAL = Condition()

@@ -44,6 +44,11 @@ class Purpose(IntEnum):
     TRAINING_OFFSET = 9
     SAMPLING_OFFSET = 10
     LATENTS = 11
+    CONDITION = 12
+    CONDITION_NOISE = 13
+    DERIVED_NOISE = 14
+    SAMPLING_CONDITION = 15
+    CONDITION_LEVEL = 16
 
 
 def training_noise(
@@ -70,6 +75,21 @@ def training_noise(
 def latents_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
     """Returns the noise of the encoded images of these numbers, int64 [B]: standard normal, float32 [B, C, h, w]."""
     return _normals(Purpose.LATENTS, image_numbers, seed, shape, device)
+
+
+def condition_noise(
+    purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Returns the noise of condition images of this shape, standard normal, float32 [B, *shape].
+
+    Args:
+        purpose: what the noise is for.
+        number: the images' numbers, int64 [B], or the draw.
+        seed: the run's seed, or the images' seeds, int64 [B].
+        shape: (Cc, H, W) of one condition.
+        device: device of the noise.
+    """
+    return _normals(purpose, number, seed, shape, device)
 
 
 def sampling_noise(
@@ -120,16 +140,25 @@ def training_flips(seed: int, image_numbers: Tensor) -> Tensor:
 
 
 def augmentation_uniforms(purpose: Purpose, seed: int, image_numbers: Tensor, count: int) -> Tensor:
-    """Returns the uniform numbers of `AUGMENT` or `CROP`, as `training_uniforms`, float64 [B, count]."""
+    """Returns the uniform numbers of `AUGMENT`, `CROP` or `CONDITION`, as `training_uniforms`, float64 [B, count]."""
     blocks = torch.arange(math.ceil(count / 4), device=image_numbers.device)
     words = philox((blocks, int(purpose), *_halves(image_numbers[:, None])), _halves(seed))
     flat = torch.stack([torch.as_tensor(word) for word in words], dim=-1).flatten(1)
     return (flat[:, :count].double() + 0.5) * 2.0**-32
 
 
-def drops_label(seed: int, image_numbers: Tensor, probability: float) -> Tensor:
-    """Returns whether each image is learnt without its class, bool [B], on the device of `image_numbers`, int64 [B]."""
-    return _first_word(Purpose.LABEL_DROPOUT, image_numbers, seed) < probability * 2**32
+def drops_conditions(seed: int, image_numbers: Tensor, probability: float, count: int) -> Tensor:
+    """Returns whether each image is learnt without each of `count` conditions, such as its class.
+
+    With this probability it is learnt without any, and if they are several, with the same one without each alone
+    (Brooks et al. 2023, section 3.2.1).
+
+    Returns:
+        bool [count, B], on the device of `image_numbers`, int64 [B].
+    """
+    word, share = _first_word(Purpose.LABEL_DROPOUT, image_numbers, seed), probability * 2**32
+    alone = [(word >= (1 + place) * share) & (word < (2 + place) * share) & (count > 1) for place in range(count)]
+    return (word < share) | torch.stack(alone)
 
 
 def conditions_on_itself(seed: int, batch_number: int) -> bool:
@@ -198,7 +227,7 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     root may differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
     rounding to float32 hides that almost always, but not always.
     """
-    radius = _square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))
+    radius = square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))
     cosine, sine = _cosine_and_sine(angle_word)
     return cosine.mul_(radius), sine.mul_(radius)
 
@@ -212,7 +241,7 @@ def _logarithm(x: Tensor) -> Tensor:
     return _series(z * z, _ARTANH_SERIES).mul_(z).add_(exponent.double().add_(0.5).mul_(math.log(2)))
 
 
-def _square_root(x: Tensor) -> Tensor:
+def square_root(x: Tensor) -> Tensor:
     """Returns the square root of positive float64: x·(1/√x), by Newton's method from a guess with half the exponent."""
     inverse_root = (_INVERSE_ROOT_GUESS - (x.view(torch.int64) >> 1)).view(torch.float64)
     minus_half = x * -0.5

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor, autograd, nn
 
 from ddpm import memory, randomness
 from ddpm.augment import Augmentation, Latents
-from ddpm.catalogue import NetworkConfig, Train
+from ddpm.catalogue import Conditioning, NetworkConfig, Train
+from ddpm.conditions import learnt, with_flag
 from ddpm.device import exact_device
 from ddpm.ema import Profile
 from ddpm.image_size import ImageSize
@@ -29,6 +30,8 @@ from ddpm.state import TrainState, learnt_parameters
 from ddpm.threads import Threads
 
 T = TypeVar("T")
+_OPTIONAL = ("labels", "conditions", "vectors")
+"""The fields of a batch that a dataset may lack."""
 
 
 class Batch(Protocol):
@@ -46,6 +49,14 @@ class Batch(Protocol):
     def labels(self) -> Tensor | None:
         """The classes, int64 [b], or None."""
 
+    @property
+    def conditions(self) -> Tensor | None:
+        """The condition images, uint8 [b, Cc, H, W], or None; a batch may lack this and the next field."""
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """The normalised numbers of the images, float32 [b, k], or None."""
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -58,6 +69,7 @@ class LoopSettings:
     augmentation: Augmentation
     latents: Latents | None = None
     """The statistics of latents, if latents are learnt."""
+    conditioning: Conditioning = field(default_factory=Conditioning)
 
 
 @dataclass(frozen=True)
@@ -89,11 +101,14 @@ class MicroBatch:
     """See `Objective.draw`."""
     augmentations: Tensor
     labels: Tensor | None
+    conditions: Tensor | None
+    vectors: Tensor | None
     conditions_on_itself: bool
     """Whether a first pass gives the network its own estimate."""
 
     def part(self, images: slice) -> MicroBatch:
         """Returns some of its images."""
+        parts = {name: value[images] for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         return replace(
             self,
             image_numbers=self.image_numbers[images],
@@ -101,22 +116,34 @@ class MicroBatch:
             images=self.images[images],
             points=self.points[:, images],
             augmentations=self.augmentations[images],
-            labels=None if self.labels is None else self.labels[images],
+            **parts,
         )
 
     def losses(self, network: nn.Module, objective: Objective, settings: LoopSettings) -> Tensor:
         """Returns the loss of each image, float32 [b]."""
         diffusion, seed = objective.diffusion, settings.train.seed
+        image, applied = self.conditions, None
         if settings.latents:
-            x_start, applied = settings.latents.drawn(seed, self.numbers, self.images), None
+            x_start = settings.latents.drawn(seed, self.numbers, self.images)
         else:
+            both = self.images if image is None else torch.cat([self.images, image], dim=1)
             # From integers to float32 in [-1, 1], and labels of the augmentation for the network.
-            x_start, applied = settings.augmentation.apply(self.images, self.augmentations)
+            x_start, applied = settings.augmentation.apply(both, self.augmentations)
+            if image is not None:
+                x_start, image = x_start.tensor_split([self.images.shape[1]], dim=1)
         x_start = laid_out(x_start)
         shape = tuple(x_start.shape[1:])
         noise = randomness.training_noise(seed, self.numbers, shape, x_start.device, diffusion.offset_noise)
         no_estimate = torch.zeros_like(x_start) if diffusion.self_conditioning else None
-        condition = Condition(self.labels, no_estimate, applied)
+        condition = learnt(
+            Condition(self.labels, no_estimate, applied, image, vector=with_flag(self.vectors)),
+            x_start,
+            seed,
+            self.numbers,
+            settings.conditioning,
+            dropout=settings.network.label_dropout,
+            null_class=settings.network.num_classes or 0,
+        )
         drawn, twice = Drawn.of(self.points), self.conditions_on_itself
         return objective.losses(network, x_start, noise, drawn, condition, conditions_on_itself=twice)
 
@@ -133,25 +160,24 @@ def draw(
 
     It draws part by part, because a logarithm may be rounded otherwise at another place in a vector.
     """
-    options, network = settings.train, settings.network
+    options = settings.train
     on_host, size = torch.from_numpy(batch.image_numbers), ImageSize(*batch.images.shape[-2:])
     points = [objective.draw(options.seed, on_host[part], options.batch_size) for part in parts]
     augmentations = [settings.augmentation.draw(options.seed, on_host[part], size) for part in parts]
     # On `mps` copies beside the host give wrong values (github.com/pytorch/pytorch/issues/139550 and 189690).
     beside = to.type == "cuda"
-    numbers, labels = on_host.to(exact_device(to), non_blocking=beside), batch.labels
-    if labels is not None:
-        labels = labels.to(to, non_blocking=beside)
-        if network.label_dropout:
-            dropped = randomness.drops_label(options.seed, numbers, network.label_dropout)
-            labels = torch.where(dropped.to(to), network.num_classes or 0, labels)
+    optional = {
+        name: value.to(to, non_blocking=beside)
+        for name in _OPTIONAL
+        if (value := getattr(batch, name, None)) is not None
+    }
     return MicroBatch(
         image_numbers=batch.image_numbers,
-        numbers=numbers,
+        numbers=on_host.to(exact_device(to), non_blocking=beside),
         images=batch.images.to(to, non_blocking=beside),
         points=torch.cat(points, dim=1).to(to, non_blocking=beside),
         augmentations=torch.cat(augmentations).to(to, non_blocking=beside),
-        labels=labels,
+        **dict.fromkeys(_OPTIONAL) | optional,
         # One decision for all images saves the first pass in half of the batches.
         conditions_on_itself=objective.diffusion.self_conditioning
         and randomness.conditions_on_itself(options.seed, images_seen // options.batch_size),

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 _NAMED = re.compile(r"(.+):([A-Za-z_]\w{0,99})(?:@([0-9a-f]{64}))?", re.ASCII)
 _FILE_NAME = re.compile(r"[A-Za-z_][\w-]{0,99}\.py", re.ASCII)
-_GIVEN = ("image_shape", "num_classes", "out_channels", "augmentation_labels")
+_GIVEN = ("image_shape", "num_classes", "out_channels", "augmentation_labels", "condition_channels", "vector_size")
 """The arguments of a network that are no settings: `ddpm.networks.adapter.GIVEN`."""
-_INPUTS = ("labels", "x_start", "augmentation")
+_INPUTS = ("labels", "x_start", "augmentation", "image", "image_noise", "vector")
 """The inputs of `ddpm.objective.Condition`."""
 _KEY = "networks/{}.py"
 _here: dict[str, OwnNetwork] = {}

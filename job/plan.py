@@ -62,10 +62,13 @@ _MEANING = (*_NETWORK, *(f"diffusion.{key}" for key in _PROCESS))
 """The beginnings of keys that decide the meaning of weights."""
 _NO_MEANING = ("model.num_classes", "model.label_dropout", "model.dropout", "model.gradient_checkpointing")
 """Those among them about no weight, or about the layers of classes alone, which a run can begin anew."""
+_LATER = ("condition.channels", "condition.vector", "condition.noise")
+"""Those that a network may get after its parent."""
+_IF_ANY = ("data.augment", "condition.noise")
 _SAMPLER = ("sampler", "steps", "grid", "shift", "eta", "order", "churn", "variance", "clip")
-_OF_PARENT = ("model.", "network.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
+_OF_PARENT = ("model.", "network.", "condition.", "diffusion.", "data.augment", *(f"sample.{key}" for key in _SAMPLER))
 """The beginnings of keys that a run takes from its parent."""
-_OWN = ("model.num_classes", "train.precision", "train.freeze")
+_OWN = ("model.num_classes", "condition.channels", "condition.vector", "train.precision", "train.freeze")
 """Keys that it never takes."""
 _OPEN = (None, "auto")
 """Values that leave a setting to the machine."""
@@ -104,7 +107,8 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     if isinstance(parent.model, UNetConfig | EDM2Config):
         levels, shorter = levels_with_attention(parent.model, size), min(index.size.shape)
         theirs["model.attention_sizes"] = [shorter // 2**level for level, has_one in enumerate(levels) if has_one]
-    if not index.classes or changes.get("model.num_classes") == 0:
+    is_conditioned = changes.get("condition.derive", theirs["condition.derive"]) or index.is_conditioned
+    if (not index.classes or changes.get("model.num_classes") == 0) and not is_conditioned:
         theirs["model.label_dropout"] = 0.0
     keys = _OF_PARENT if request.preset_name("") else (*_OF_PARENT, "train.", "ema.")
     taken = {key: value for key, value in theirs.items() if key.startswith(keys) and key not in _OWN}
@@ -115,7 +119,9 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
     config = follow_dataset(draft(preset, layered(taken, changes)), index)
     ours = config.flat()
     before, now = _meaning(theirs), _meaning(ours)
-    if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in now if before.get(key) != now[key]}:
+    # A condition may come later: its weights begin at zero.
+    changed = [key for key in now if before.get(key) != now[key] and (key not in _LATER or before.get(key))]
+    if differing := {key: f"{key}: {theirs.get(key)} → {ours[key]}" for key in changed}:
         others = differing.get("model.kind") or "; ".join(differing.values())
         fit = f"the weights of {changes['parent.run']} fit another network ({others})"
         channels = f", or pack the images with --channels {theirs['data.channels']}" * ("data.channels" in differing)
@@ -138,12 +144,12 @@ def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:
 
 
 def _meaning(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns what decides the meaning of weights, by key; of augmentation that is whether the network knows of it."""
+    """Returns what decides the meaning of weights, by key; of `_IF_ANY` that is whether the network knows of it."""
     meant = {key: value for key, value in values.items() if key.startswith(_MEANING) and key not in _NO_MEANING}
     if sizes := meant.get("model.attention_sizes"):
         # Their order means nothing.
         meant["model.attention_sizes"] = sorted(sizes)
-    return meant | {"data.augment": values["data.augment"] > 0}
+    return meant | {key: values.get(key) for key in _LATER} | {key: values[key] > 0 for key in _IF_ANY}
 
 
 def _asked_for(bucket: Store, request: TrainRequest, run: Store, stored: RunConfig | None) -> RunConfig:
@@ -270,6 +276,11 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
     changes = {key: there for key, (_, there) in follows.items()}
     changes |= {"data.dataset": index.name, "data.classes": (), "data.bits": index.bits}
+    derive, channels = config.condition.derive, index.condition_channels
+    if derive and channels:
+        raise BadConfigError(f"condition.derive={derive}: {index.name} has condition images of its own: leave it out")
+    changes["condition.channels"] = config.condition.channels_of(index.channels) if derive else channels
+    changes["condition.vector"] = len(index.vector_names)
     if config.model.num_classes == 0:
         # The user asked for a network without classes.
         del changes["model.num_classes"]

@@ -205,6 +205,18 @@ class SampleRequest(LaunchedOptions):
     resamplings: int | None = option(
         "--resamplings N", "Passes of inpaint over each stretch of ten steps. Default: 10.", None, min=1, max=1000
     )
+    condition: str = option(
+        "--condition FILE|FOLDER",
+        "Pictures for a run with condition images; the seeds take them in turn. Default: the held-out images.",
+    )
+    vector: str = option(
+        "--vector NUMBERS",
+        "Numbers for a run with vectors, such as 35,0.5; a row from one to another, such as 20,0.5:60,0.5.",
+    )
+    vectors: str = option("--vectors FILE", "CSV file with a vector in each line; the seeds take them in turn.")
+    then: str = option(
+        "--then RUN[@EPOCH]", "Make each image the condition image of this run, by seed.", pattern="[^@]+(@[0-9]{1,9})?"
+    )
     strength: float | None = option(
         "--strength 0..1", "Share of the steps to take. Default: img2img 0.6, invert 1.", None, min=0.001, max=1
     )
@@ -238,6 +250,7 @@ class SampleRequest(LaunchedOptions):
         # A module that does not lie here may be installed in the image of a job.
         is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
         named = {"--sampler": self.custom_sampler if is_here else "", "--image": image, "--mask": mask}
+        named |= {"--condition": self.condition, "--vectors": self.vectors}
         return {option: name for option, name in named.items() if name}
 
     @property
@@ -291,12 +304,14 @@ class SampleRequest(LaunchedOptions):
         """Returns the options that the mode and `--count` exclude, each with the reason."""
         unfit = {}
         for name in ("image", "mask", "resamplings", "strength"):
-            if name not in MODES.get(self.mode, ()):
+            if name not in MODES.get(self.mode, ()) and not (name == "mask" and self.condition):
                 modes = " and ".join(mode for mode, names in MODES.items() if name in names)
                 unfit[name] = f"is an option of --mode {modes}: leave it out, or choose one"
         if self.mode:
             unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
-        if self.count is None:
+        if self.vector and self.vectors:
+            unfit["vectors"] = "and --vector exclude each other: leave one out"
+        if self.count is None and not (self.save and (self.condition or self.vectors)):
             why = "works only with --count: add the number of images"
             return unfit | dict.fromkeys(("save", "slice", "first_seed"), why)
         if self.mode == "interpolate":

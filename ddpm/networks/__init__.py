@@ -21,6 +21,9 @@ def build(
     null_class: bool = False,
     self_conditioning: bool = False,
     augmentation_labels: int = 0,
+    condition_channels: int = 0,
+    vector_size: int = 0,
+    condition_noise: bool = False,
     gradient_checkpointing: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -35,6 +38,9 @@ def build(
         null_class: whether class number `num_classes` stands for images without a class (Ho & Salimans 2022).
         self_conditioning: whether it takes `Condition.x_start`.
         augmentation_labels: width of `Condition.augmentation`; 0: it takes no labels.
+        condition_channels: channels of `Condition.image`; 0: it takes none.
+        vector_size: numbers in `Condition.vector`; 0: it takes none.
+        condition_noise: whether it takes `Condition.image_noise`.
         gradient_checkpointing: whether training keeps the ends of blocks alone and computes the rest again.
         options: the settings of this kind of network; see the catalogue.
 
@@ -45,13 +51,19 @@ def build(
         raise ValueError(f"unknown network {kind!r}: choose one of {', '.join(NETWORKS)}")
     if null_class and not num_classes:
         raise ValueError("null_class stands for none of the classes: set num_classes")
-    if not NETWORKS[kind].takes_estimates and (self_conditioning or augmentation_labels):
+    told = {
+        "augmentation_labels": augmentation_labels,
+        "condition_channels": condition_channels,
+        "vector_size": vector_size,
+        "condition_noise": condition_noise,
+    }
+    if NETWORKS[kind].takes_estimates:
+        options |= told
+    elif self_conditioning or any(told.values()):
         raise ValueError(f"the network {kind} takes t and the class alone, as its checkpoints do: choose unet")
-    if augmentation_labels:
-        options["augmentation_labels"] = augmentation_labels
     network: nn.Module = getattr(import_module(f"ddpm.networks.{kind}"), NETWORKS[kind].class_name)(
         image_size=image_size,
-        in_channels=in_channels * (1 + self_conditioning),
+        in_channels=in_channels * (1 + self_conditioning) + condition_channels,
         out_channels=out_channels,
         num_classes=num_classes + null_class,
         **options,

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition
 
-GIVEN = ("image_shape", "num_classes", "out_channels", "augmentation_labels")
+GIVEN = ("image_shape", "num_classes", "out_channels", "augmentation_labels", "condition_channels", "vector_size")
 """The arguments of `__init__` that follow from images and training: (C, H, W); the classes, with the one for images
-without a class; the channels of the output; the width of `Condition.augmentation`."""
+without a class; the channels of the output; the width of `Condition.augmentation`; the channels of `Condition.image`;
+the numbers in `Condition.vector`."""
 
 
 def build_adapted(kind: type[nn.Module], settings: dict[str, Any], **given: Any) -> nn.Module:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, Dropout, attend, initialised, sinusoids, with_estimate, with_labels
+from ddpm.networks.layers import (
+    Block,
+    Dropout,
+    NumbersEmbedding,
+    attend,
+    initialised,
+    sinusoids,
+    with_images,
+    with_labels,
+    with_numbers,
+)
 from ddpm.objective import UNCONDITIONAL, Condition
 
 FREQUENCIES = 256
@@ -26,10 +36,13 @@ class DiT(nn.Module):
         self,
         *,
         image_size: ImageSize | int,  # an int: of squares, in pixels
-        in_channels: int,  # of the images; twice that with self-conditioning
+        in_channels: int,  # of all images that it takes
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        condition_channels: int = 0,  # of a condition image, among in_channels
+        vector_size: int = 0,  # numbers of a condition vector
+        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -37,13 +50,16 @@ class DiT(nn.Module):
         size = ImageSize.of(image_size)
         chosen.check_size(size)
         width, patch_size = chosen.width, chosen.patch_size
-        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, chosen.rms_norm
+        self.in_channels, self.condition_channels = in_channels, condition_channels
+        self.patch_size, self.rms_norm = patch_size, chosen.rms_norm
         self.head_width = width // chosen.heads if chosen.rope else 0
         self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
         self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
+        self.vector_embedding = NumbersEmbedding(vector_size, width) if vector_size else None
+        self.noise_embedding = NumbersEmbedding(1, width) if condition_noise else None
         self.blocks = nn.ModuleList(
             TransformerBlock(width, chosen.heads, chosen.dropout, qk_norm=chosen.qk_norm, rms_norm=chosen.rms_norm)
             for _ in range(chosen.depth)
@@ -72,9 +88,10 @@ class DiT(nn.Module):
         features = sinusoids(t, FREQUENCIES).roll(FREQUENCIES // 2, dims=1).to(self.output.weight.dtype)
         of_time = self.linear_2(F.silu(self.linear_1(features)))
         # Every block projects the activated embedding: activate it once.
-        embedding = F.silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding))
+        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding)
+        embedding = F.silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
 
-        patches = self.patches(with_estimate(x, condition, self.in_channels))
+        patches = self.patches(with_images(x, condition, self.in_channels, self.condition_channels))
         rows, columns = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)
         is_usual = (rows, columns) == self.grid

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, Dropout, attend, resized, with_estimate, with_labels
+from ddpm.networks.layers import (
+    Block,
+    Dropout,
+    NumbersEmbedding,
+    attend,
+    resized,
+    with_images,
+    with_labels,
+    with_numbers,
+)
 from ddpm.objective import UNCONDITIONAL, Condition
 
 EPSILON = 1e-4
@@ -33,10 +42,13 @@ class EDM2(nn.Module):
         self,
         *,
         image_size: ImageSize | int,  # an int: of squares, in pixels
-        in_channels: int,  # of the images; twice that with self-conditioning
+        in_channels: int,  # of all images that it takes
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        condition_channels: int = 0,  # of a condition image, among in_channels
+        vector_size: int = 0,  # numbers of a condition vector
+        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -53,7 +65,7 @@ class EDM2(nn.Module):
             dropout=chosen.dropout,
         )
 
-        self.in_channels = in_channels
+        self.in_channels, self.condition_channels = in_channels, condition_channels
         # A further channel of ones replaces all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
         # Drawn once, without gradient. As parameters they are part of a checkpoint.
@@ -63,6 +75,8 @@ class EDM2(nn.Module):
         self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = MPConv(labels, embedding_width, 0) if labels else None
+        self.vector_embedding = NumbersEmbedding(vector_size, embedding_width) if vector_size else None
+        self.noise_embedding = NumbersEmbedding(1, embedding_width) if condition_noise else None
 
         width = widths[0]
         skip_widths = [width]
@@ -93,10 +107,10 @@ class EDM2(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Maps c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         of_time = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
-        embedding = mp_silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
+        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding, mp_sum)
+        embedding = mp_silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
 
-        x = with_estimate(x, condition, self.in_channels)
-        skips = [self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
+        skips = [self.conv_in(with_images(x, condition, self.in_channels, self.condition_channels, ones=True))]
         for block in self.encoder:
             skips.append(block(skips[-1], embedding))
         h = skips[-1]

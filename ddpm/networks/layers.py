@@ -106,6 +106,10 @@ def resized(x: Tensor, resize: Resize) -> Tensor:
     return F.avg_pool2d(x, 2) if resize == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+NUMBER_FREQUENCIES = 16
+"""Sines and cosines of each number of a condition vector."""
+
+
 def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
     """Returns sines, then cosines, of t at width/2 frequencies from 1 down to almost 1/10000 (Vaswani et al. 2017).
 
@@ -123,17 +127,68 @@ def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def with_estimate(x: Tensor, condition: Condition, in_channels: int) -> Tensor:
-    """Returns x_t [B, C, H, W], followed by the estimate of x_0, or zeros, for a network of 2C `in_channels`.
+def with_images(
+    x: Tensor, condition: Condition, in_channels: int, condition_channels: int, ones: bool = False
+) -> Tensor:
+    """Returns x_t, the estimate of x_0, or zeros, where it is taken, and the condition image, in this order.
+
+    Args:
+        x: x_t.
+        condition: its images.
+        in_channels: those of all; 2C and `condition_channels` for a network that takes an estimate.
+        condition_channels: 0: the network takes no condition image.
+        ones: whether a channel of ones comes before the condition image.
 
     Raises:
-        ValueError: the network does not take an estimate.
+        ValueError: the network does not take an estimate, or its condition image is missing or superfluous.
     """
-    if x.shape[1] < in_channels:
-        return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
-    if condition.x_start is not None:
+    parts = [x]
+    if x.shape[1] < in_channels - condition_channels:
+        parts.append(torch.zeros_like(x) if condition.x_start is None else condition.x_start)
+    elif condition.x_start is not None:
         raise ValueError("an estimate of x_0 goes with a network that has self_conditioning: set it, or leave this out")
-    return x
+    given = 0 if condition.image is None else condition.image.shape[1]
+    if given != condition_channels:
+        raise ValueError(f"the network takes {condition_channels} channels of a condition image, not {given}")
+    parts += [torch.ones_like(x[:, :1])] * ones
+    # Last: the weights of a network that gets a condition later are its own, followed by zeros.
+    parts += [] if condition.image is None else [condition.image.to(x.dtype)]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else x
+
+
+class NumbersEmbedding(nn.Module):
+    """Two dense layers on Fourier features of numbers; the second begins at zero, so that a network can get it later.
+
+    Numbers that are left out have features of zero, which no number has.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = initialised(nn.Linear(2 * NUMBER_FREQUENCIES * count, width))
+        self.linear_2 = initialised(nn.Linear(width, width), zero=True)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Maps normalised numbers and 1, or zeros, [B, k + 1] to [B, E]."""
+        # From half a period over ±4 deviations to one over a tenth of a deviation.
+        octaves = torch.arange(NUMBER_FREQUENCIES, device=numbers.device) / 2
+        angles = numbers[:, :-1, None].float() * (math.pi / 8 * 2**octaves)
+        features = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1) * numbers[:, -1:]
+        return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+def with_numbers(embedding: Tensor, condition: Condition, vector: nn.Module | None, noise: nn.Module | None) -> Tensor:
+    """Returns the embedding of t [B, E] with those of the condition's vector and of the noise in its image added.
+
+    Raises:
+        ValueError: a vector or a noise level is missing or superfluous.
+    """
+    level = None if condition.image_noise is None else F.pad(condition.image_noise[:, None], (0, 1), value=1.0)
+    for name, numbers, module in (("vector", condition.vector, vector), ("image_noise", level, noise)):
+        if (numbers is None) != (module is None):
+            raise ValueError(f"{name} goes with a network that was built for it: build it so, or leave it out")
+        if module is not None:
+            embedding = embedding + module(numbers)
+    return embedding
 
 
 def with_labels(

@@ -17,13 +17,15 @@ from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
     Block,
     Dropout,
+    NumbersEmbedding,
     Resize,
     attend,
     initialised,
     resized,
     sinusoids,
-    with_estimate,
+    with_images,
     with_labels,
+    with_numbers,
 )
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -41,10 +43,13 @@ class UNet(nn.Module):
         self,
         *,
         image_size: ImageSize | int,  # an int: of squares, in pixels
-        in_channels: int = 3,  # of the images; twice that with self-conditioning
+        in_channels: int = 3,  # of all images that it takes
         out_channels: int | None = None,  # as in_channels
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        condition_channels: int = 0,  # of a condition image, among in_channels
+        vector_size: int = 0,  # numbers of a condition vector
+        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -53,11 +58,14 @@ class UNet(nn.Module):
         chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
+        self.condition_channels = condition_channels
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width, chosen.conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
+        self.vector_embedding = NumbersEmbedding(vector_size, embedding_width) if vector_size else None
+        self.noise_embedding = NumbersEmbedding(1, embedding_width) if condition_noise else None
 
         groups = chosen.norm_groups
         resnet = partial(
@@ -129,7 +137,7 @@ class UNet(nn.Module):
         Args:
             x: x_t, [B, C, H, W], of any size that the levels can halve.
             t: timesteps, also between whole ones, [B].
-            condition: with labels exactly if the network has classes.
+            condition: with labels exactly if the network has classes, and likewise with its image, noise and vector.
 
         Returns:
             [B, out_channels, H, W].
@@ -139,9 +147,10 @@ class UNet(nn.Module):
         """
         of_time = self.time_embedding(t)
         # Every residual block projects the activated embedding: activate it once.
-        embedding = F.silu(with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding))
+        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding)
+        embedding = F.silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
 
-        skips = [self.conv_in(with_estimate(x, condition, self.conv_in.in_channels))]
+        skips = [self.conv_in(with_images(x, condition, self.conv_in.in_channels, self.condition_channels))]
         for down_block in self.down_blocks:
             skips += down_block(skips[-1], embedding)
         h = self.mid_block(skips[-1], embedding)

@@ -52,6 +52,8 @@ CHOSEN_ELSEWHERE = {
     "data.bits": "--dataset NAME",
     "data.classes": "ddpm import",
     "data.order": "the program",
+    "condition.channels": "--dataset NAME, or condition.derive",
+    "condition.vector": "--dataset NAME",
     **dict.fromkeys(
         ("network", "model.file", "model.network", "model.sha256", "model.inputs"), "--network FILE.py:CLASS"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import nn
@@ -43,9 +44,12 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         image_size=config.image_size,
         in_channels=channels,
         out_channels=channels * (1 + diffusion.learns_variance),
-        null_class=model.label_dropout > 0,
+        null_class=classes_of(config) > options["num_classes"],
         self_conditioning=diffusion.self_conditioning,
         augmentation_labels=settings_of(config).augmentation.labels,
+        condition_channels=config.condition.channels,
+        vector_size=config.condition.vector,
+        condition_noise=config.condition.noise > 0,
         **options,
     )
     return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
@@ -63,11 +67,33 @@ def _own_network(config: RunConfig, model: OwnSection, device: torch.device) -> 
             own.load(),
             config.network,
             image_shape=config.image_shape,
-            num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
+            num_classes=classes_of(config),
             out_channels=channels * (1 + config.diffusion.learns_variance),
             augmentation_labels=settings_of(config).augmentation.labels,
+            condition_channels=config.condition.channels,
+            vector_size=config.condition.vector,
         )
         return network.to(device=device, memory_format=memory_format_of(device))  # type: ignore[call-overload]
+
+
+def classes_of(config: RunConfig) -> int:
+    """Returns the number of classes of the network, with that for images without a class; 0 without classes."""
+    count = config.model.num_classes or 0
+    return count + (count > 0 and config.model.label_dropout > 0)
+
+
+def condition_of_zeros(config: RunConfig, images: int, device: torch.device) -> Condition:
+    """Returns inputs as the network gets them in training, for this number of images."""
+    (_, *size), condition, augmentation = config.image_shape, config.condition, settings_of(config).augmentation
+    zeros = partial(torch.zeros, device=device)
+    return Condition(
+        zeros(images, dtype=torch.int64) if config.model.num_classes else None,
+        zeros(images, *config.image_shape) if config.diffusion.self_conditioning else None,
+        zeros(images, augmentation.labels) if augmentation.labels else None,
+        zeros(images, condition.channels, *size) if condition.channels else None,
+        zeros(images) if condition.noise else None,
+        zeros(images, condition.vector + 1) if condition.vector else None,
+    )
 
 
 def check_own_network(network: nn.Module, config: RunConfig) -> None:
@@ -77,14 +103,10 @@ def check_own_network(network: nn.Module, config: RunConfig) -> None:
         BadRequestError: it cannot, or its code raises an error.
         BadConfigError: it has no such part to freeze.
     """
-    model, (channels, *_), augmentation = config.model, config.image_shape, settings_of(config).augmentation
+    model, (channels, *_) = config.model, config.image_shape
     assert isinstance(model, OwnSection)
     device = next(network.parameters()).device
-    condition = Condition(
-        torch.zeros(2, dtype=torch.int64, device=device) if model.num_classes else None,
-        torch.zeros(2, *config.image_shape, device=device) if config.diffusion.self_conditioning else None,
-        torch.zeros(2, augmentation.labels, device=device) if augmentation.labels else None,
-    )
+    condition = condition_of_zeros(config, 2, device)
     own, names = network_named(model.sha256, model.file, model.network), dict(network.named_parameters())
     if unknown := [part for part in config.train.freeze if not any(name.startswith(part) for name in names)]:
         raise BadConfigError(f"train.freeze: {model.network} has no parameter that begins with {unknown[0]!r:.100}")
@@ -122,7 +144,7 @@ def settings_of(config: RunConfig) -> training.LoopSettings:
     averages: dict[str, Profile] = {"ema": Exponential(**asdict(ema))}
     averages |= dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))
     augmentation = Augmentation(data.flip, data.crop_scale, data.augment)
-    return training.LoopSettings(config.train, config.model, averages, augmentation)
+    return training.LoopSettings(config.train, config.model, averages, augmentation, conditioning=config.condition)
 
 
 def initial_state(network: nn.Module, config: RunConfig, rank: int = 0, world_size: int = 1) -> TrainState:

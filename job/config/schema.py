@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm import catalogue
-from ddpm.catalogue import EXTRACTORS, GRIDS, METRICS, OF_CLASSES, Count, CountOrNone, OneOf, takers
+from ddpm.catalogue import EXTRACTORS, GRIDS, METRICS, OF_CLASSES, OF_NUMBERS, Count, CountOrNone, OneOf, takers
 from ddpm.image_size import ImageSize
 from job.exits import BadConfigError, did_you_mean
 
@@ -322,6 +322,10 @@ class LogConfig(ConfigSection):
     entity: Annotated[str | None, Field(max_length=128), "user or team of wandb; null: your own"] = None
 
 
+class ConditionConfig(ConfigSection, catalogue.Conditioning):
+    """The condition image and the condition vector; their sizes follow from the dataset."""
+
+
 class ParentConfig(ConfigSection):
     """The checkpoint of another run with whose weights the run began; all null without `ddpm train --from`."""
 
@@ -350,6 +354,7 @@ class RunConfig(ConfigSection):
     data: DataConfig = DataConfig()
     model: Annotated[Network, Field(discriminator="kind")] = UNetSection()
     network: Annotated[dict[str, Any], "settings of a network of yours: --set network.width=96"] = {}
+    condition: ConditionConfig = ConditionConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     consistency: ConsistencyConfig = ConsistencyConfig()
     train: TrainConfig = TrainConfig()
@@ -372,10 +377,16 @@ class RunConfig(ConfigSection):
         assert self.data.channels is not None
         return self.data.channels, *self.image_size.shape
 
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the network gets a condition image or vector."""
+        return bool(self.condition.derive or self.condition.channels or self.condition.vector)
+
     def check(self) -> None:
         """Raises ValueError for the first broken rule."""
         self.model.check_size(self.data.size)
         network_takes_its_inputs(self)
+        condition_can_be_made(self)
         something_is_learnt(self)
         best_checkpoint_has_a_score(self)
         samples_use_what_is_learnt(self)
@@ -402,10 +413,32 @@ def network_takes_its_inputs(config: RunConfig) -> None:
         raise ValueError(f"model.kind={model.kind} needs diffusion.schedule={model.schedule}, and a prediction for it")
     if isinstance(model, OwnSection):
         needed = {"x_start": diffusion.self_conditioning, "augmentation": config.data.augment}
+        needed |= {"image": config.condition.channels, "vector": config.condition.vector}
+        needed |= {"image_noise": config.condition.noise}
         if lacking := [name for name, needs in needed.items() if needs and name not in model.inputs]:
             raise ValueError(f"forward of {model.network} takes no {lacking[0]}: add {lacking[0]}=None")
-    if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment):
-        raise ValueError(f"model.kind={model.kind} cannot take diffusion.self_conditioning and data.augment")
+    if not model.takes_estimates and (diffusion.self_conditioning or config.data.augment or config.is_conditioned):
+        raise ValueError(
+            f"model.kind={model.kind} cannot take diffusion.self_conditioning, data.augment or a condition"
+        )
+
+
+def condition_can_be_made(config: RunConfig) -> None:
+    """The condition can be made from the images, and has the noise that samples ask for."""
+    condition, data, sample = config.condition, config.data, config.sample
+    if condition.derive and data.latents:
+        raise ValueError(f"condition.derive={condition.derive} needs pixels, and the dataset holds latents")
+    if condition.derive and data.size and data.channels:
+        condition.check_images(data.channels, data.size)
+    if condition.noise and not (condition.derive or condition.channels) and data.size:
+        raise ValueError("condition.noise needs a condition image: set condition.derive, or take a dataset of pairs")
+    if sample.condition_noise > condition.noise:
+        raise ValueError(
+            f"sample.condition_noise={sample.condition_noise:g} exceeds condition.noise={condition.noise:g}"
+        )
+    there = {"class": config.model.num_classes, "condition": condition.channels, "vector": condition.vector}
+    if data.size and sample.guidance != 1 and there.get(sample.guidance_by) == 0:
+        raise ValueError(f"sample.guidance_by={sample.guidance_by}: the network has no {sample.guidance_by}")
 
 
 def shown_channels_exist(config: RunConfig) -> None:
@@ -423,7 +456,7 @@ def something_is_learnt(config: RunConfig) -> None:
     if unknown := [name for name in frozen if not any(part.startswith(name) for part in parts)]:
         raise ValueError(f"train.freeze: model.kind={kind} has no part {unknown[0]!r:.100}, but {', '.join(parts)}")
     # Alone, these cannot learn an image.
-    minor = ("augmentation_embedding", "uncertainty", *(OF_CLASSES * (config.model.num_classes == 0)))
+    minor = ("augmentation_embedding", "uncertainty", *OF_NUMBERS, *(OF_CLASSES * (config.model.num_classes == 0)))
     if all(part.startswith((*frozen, *minor)) for part in parts):
         raise ValueError(f"train.freeze={','.join(frozen)} freezes the whole network: leave out a part")
 
@@ -441,8 +474,10 @@ def samples_use_what_is_learnt(config: RunConfig) -> None:
     sample, classes, names = config.sample, config.model.num_classes, len(config.data.classes)
     if names and classes is not None and names != classes:
         raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
-    if config.model.label_dropout and classes == 0:
-        raise ValueError("model.label_dropout needs a network with classes: set it to 0, or drop model.num_classes=0")
+    if config.model.label_dropout and classes == 0 and not config.is_conditioned:
+        raise ValueError(
+            "model.label_dropout needs a network with classes or a condition: set it to 0, or drop model.num_classes=0"
+        )
     if sample.variance == "learned_range" and not config.diffusion.learns_variance:
         raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
     if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):

@@ -314,6 +314,11 @@ class DatasetIndex(Sealed):
         return dataset_key(self.name, self.size)
 
     @property
+    def is_conditioned(self) -> bool:
+        """Returns whether each image has a condition image or numbers."""
+        return bool(self.condition_channels or self.vector_names)
+
+    @property
     def is_foreign(self) -> bool:
         """Returns whether the tars are indexed in place, so that `crop` and `resize_filter` apply at each read."""
         return bool(self.shards.uris)

@@ -20,6 +20,7 @@ import torch
 from ddpm import figures, metrics, randomness
 from ddpm.augment import Latents, in_unit_range
 from ddpm.catalogue import METRICS
+from ddpm.conditions import learnt
 from ddpm.memory import Fitting
 from ddpm.model import Sampling
 from ddpm.objective import Condition, Drawn, spread_over_steps
@@ -47,6 +48,7 @@ from job.progress import Progress, note
 from job.runs.layout import ObjectKind
 from job.runs.metric_rows import Row
 from job.runs.run import Reference, RunHandle, Scores, score_name, score_words
+from job.sampling.conditions import SEED, stored_condition
 from job.sampling.painter import Painter, prepared
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
 
 REAL_BATCH_IMAGES = 50
 """Real images per batch on each process."""
-SEED = 2**63
-"""The seed of points and noise of the validation loss; a run's own seed is smaller."""
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
@@ -378,13 +378,12 @@ def _noised(
         latents: the distribution of latents, for a run on them.
 
     Returns:
-        The images and the noise, float32 [b, C, H, W], and the classes, if the network learns them.
+        The images and the noise, float32 [b, C, H, W], and the condition, as far as the network learns it.
     """
     stored, on_host = torch.from_numpy(images.read(indices)).permute(0, 3, 1, 2), torch.from_numpy(numbers)
     stored = stored.to(painter.device)
     x_start = latents.drawn(SEED, on_host.to(painter.device), stored) if latents else in_unit_range(stored)
     offset, shape = painter.config.diffusion.offset_noise, tuple(x_start.shape[1:])
     noise = randomness.training_noise(SEED, on_host, shape, painter.device, offset)
-    has_classes = painter.config.model.num_classes
-    labels = torch.from_numpy(images.labels(indices)).to(painter.device) if has_classes else None
-    return x_start, noise, Condition(labels)
+    condition = stored_condition(images, indices, painter.config, painter.device)
+    return x_start, noise, learnt(condition, x_start, SEED, on_host, painter.config.condition, noise=False)

@@ -136,7 +136,7 @@ def _described_own(of_run: RunHandle) -> checkpoints.Described:
         "settings": config.network,
         "image_shape": config.image_shape,
         "num_classes": model.num_classes or 0,
-        "null_class": model.label_dropout > 0,
+        "null_class": method.classes_of(config) > (model.num_classes or 0),
         "augmentation_labels": method.settings_of(config).augmentation.labels,
         "diffusion": asdict(config.diffusion),
         "sampling": asdict(config.sample),

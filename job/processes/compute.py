@@ -12,9 +12,9 @@ from torch import nn
 
 from ddpm import memory
 from ddpm.catalogue import Train
-from ddpm.objective import Condition
 from ddpm.slots import Slots, kernels_of
 from job.config import RunConfig
+from job.config.method import condition_of_zeros
 from job.platform import system_version, usable_cores
 from job.processes.ranks import Ranks, own_device
 
@@ -144,9 +144,8 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
 def _pass(network: Callable[..., torch.Tensor], config: RunConfig, images: int, device: torch.device) -> None:
     """Passes black images forward and backward through a network."""
     x = torch.zeros(images, *config.image_shape, device=device)
-    labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None
-    estimate = x if config.diffusion.self_conditioning else None
-    network(x, torch.zeros(images, device=device), Condition(labels, estimate)).sum().backward()
+    condition = condition_of_zeros(config, images, device)
+    network(x, torch.zeros(images, device=device), condition).sum().backward()
 
 
 def why_slow(step_seconds: float, waited_seconds: float) -> str:

@@ -6,6 +6,7 @@
                                                    scheduler/scheduler_config.json  the process, and the run's sampler
                                                    model_index.json                 the class of its pipeline
                                                    id2label.json                    the names of the classes, by number
+                                                   condition.json                   the settings of its condition
                                                    run_config.yaml                  the configuration, as last changed
                                                    MANIFEST.json              created once, last: the commit
                                                    averages/ema-0.13.json …   made by `ddpm ema`: `averages.py`
@@ -57,6 +58,7 @@ WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 ID2LABEL = "id2label.json"
 RUN_CONFIG = "run_config.yaml"
+CONDITION = "condition.json"
 PIPELINE_CODE = "pipeline.py"
 UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
@@ -242,6 +244,7 @@ def restore(
     into: dict[str, dict[str, Any]] | None = None,
     *,
     may_differ: tuple[str, ...] = ("loss_scale",),
+    may_grow: tuple[str, ...] = (),
     groups: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> Restored:
@@ -256,6 +259,7 @@ def restore(
             it verifies, while others still download.
         may_differ: the beginnings of the names of tensors that may be on one side alone, or have another shape there:
             these keep their values. An import has no loss scale, and may go on in fp16.
+        may_grow: the names of tensors that may have more inputs, dimension 1, than in the checkpoint: zeros there.
         groups: those to download; none: those of `into`, or all.
         folder: keeps the files; without it each is deleted as soon as it is read.
 
@@ -286,7 +290,7 @@ def restore(
         paths = pool.map(fetch, (file for file, _ in wanted))
         for (file, group), path in zip(wanted, paths, strict=True):
             if into is not None:
-                _fill(path, file.key, into[group], unfit[group])
+                _fill(path, file.key, into[group], unfit[group], may_grow)
             if folder:
                 files.setdefault(group, []).append(path)
             else:
@@ -349,7 +353,7 @@ class Restored:
     differing: set[str]
 
 
-def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> None:
+def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str], may_grow: tuple[str, ...] = ()) -> None:
     """Copies the values of a file into live tensors; takes their names out of `unfit`, and adds those that it lacks."""
     from safetensors import SafetensorError, safe_open
 
@@ -357,6 +361,9 @@ def _fill(path: Path, key: str, tensors: dict[str, Any], unfit: set[str]) -> Non
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 target, value = tensors.get(name), file.get_tensor(name)
+                if target is not None and name in may_grow and target.shape != value.shape:
+                    target, whole = target[:, : value.shape[1]], target
+                    whole[:, value.shape[1] :] = 0
                 if target is not None and target.shape == value.shape:
                     target.copy_(value)
                     unfit.discard(name)
@@ -421,6 +428,9 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
     model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, catalogue.UNetConfig):
         return Described({}, f"model.kind={model.kind} is not a network that diffusers samples from")
+    if config.condition.vector or config.condition.noise:
+        which = "vector" if config.condition.vector else "noise"
+        return Described({}, f"diffusers' UNet2DModel has no input for condition.{which}")
     channels, *_ = config.image_shape
     values: dict[str, dict[str, Any]] = {}
     lacking = ""
@@ -428,9 +438,9 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
         values[UNET_CONFIG] = interop.unet2d_config(
             model,
             image_size=config.image_size,
-            in_channels=channels * (1 + diffusion.self_conditioning),
+            in_channels=channels * (1 + diffusion.self_conditioning) + config.condition.channels,
             out_channels=channels * (1 + diffusion.learns_variance),
-            num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
+            num_classes=(model.num_classes or 0) + bool(model.num_classes and model.label_dropout),
         )
         scheduler = interop.scheduler_config(diffusion, sample)
         values[SCHEDULER_CONFIG] = scheduler
@@ -443,6 +453,8 @@ def described(config: RunConfig, classes: tuple[str, ...], has_code: bool = Fals
             lacking = f"{pipeline} makes 8 bits in 1 or 3 channels"
         elif diffusion.self_conditioning:
             lacking = f"{pipeline} does not feed the network its own estimate (diffusion.self_conditioning)"
+        elif config.condition.channels:
+            lacking = f"{pipeline} does not take a condition image"
         elif model.num_classes and not has_code:
             lacking = f"{pipeline} does not take a class"
         else:
@@ -462,6 +474,8 @@ def of_run(config: RunConfig, classes: tuple[str, ...]) -> dict[str, bytes]:
     """Returns the objects with the settings of a run and the names of its classes, by key."""
     without_names = config.data.model_copy(update={"classes": ()})
     settings = {RUN_CONFIG: config.model_copy(update={"data": without_names}).to_yaml().encode()}
+    if config.is_conditioned:
+        settings[CONDITION] = _json(config.condition.model_dump())
     return settings | ({ID2LABEL: _json({str(i): name for i, name in enumerate(classes)})} if classes else {})
 
 

@@ -117,7 +117,7 @@ _FIELDS = {
     "fence": r"\d{6}",
     "group": r"[a-z]+(?:-0\.\d+)?",
     "number": r"\d{2,}",
-    "pipeline": r"(?:model_index|id2label|scheduler/scheduler_config|unet/config)\.json|run_config\.yaml"
+    "pipeline": r"(?:model_index|id2label|condition|scheduler/scheduler_config|unet/config)\.json|run_config\.yaml"
     r"|unet/diffusion_pytorch_model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?",
     "name": "[^/]+",
     "picture": "png|gif",

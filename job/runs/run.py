@@ -282,6 +282,8 @@ class SampleSetConfig(SamplerConfig):
     worse_sha256: str = ""
     """The hash of the worse checkpoint that autoguidance uses; empty without autoguidance."""
     editing: Editing | None = None
+    conditions: str = ""
+    """The hash of the condition images and vectors, if the held-out images do not give them."""
     custom_sampler: str = ""
     """`module:function` and the SHA-256 of the module's file, for a sampler of the user."""
     found: tuple[int, ...] = ()

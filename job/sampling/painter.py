@@ -35,6 +35,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import split_run
 from job.runs.retention import kept_while_read, reading_chosen
 from job.runs.run import FoundGrid, moment_of
+from job.sampling.conditions import Conditions, conditions_of, vectors_of
 from job.sampling.sampling_plan import SamplePlan, Worse, found_points, plan_sampling
 from job.store import ObjectExistsError, Store
 
@@ -55,7 +56,13 @@ class Route:
 
 
 class Painter(Model):
-    """A model on each process."""
+    """A model on each process.
+
+    Attributes:
+        conditions: those of the seeds, if the network has some.
+    """
+
+    conditions: Conditions | None = None
 
     def __init__(
         self,
@@ -146,8 +153,7 @@ class Painter(Model):
                 self.check_agreed()
             else:
                 # Halves need more; alone, a process that stopped here would leave the others waiting.
-                self.stop()
-                self.renew()
+                self.show_life()
             bar.update(len(seeds) * min(done, agreements) / agreements)
 
         def sampled(places: Sequence[int]) -> np.ndarray:
@@ -276,6 +282,11 @@ class Painter(Model):
             raise StoppedError(f"stopped {doing}; the same command begins again")
         self.renew()
 
+    def show_life(self, *_: Any) -> None:
+        """Asks for a stop request without obeying it, as a sign of life."""
+        self.stop()
+        self.renew()
+
     def renew(self) -> None:
         """Calls the renewals."""
         for renew in self.renewals:
@@ -309,6 +320,7 @@ def model_of(
         null_class=model.label_dropout > 0,
         diffusion=config.diffusion,
         bits=config.data.bits,
+        conditioning=config.condition,
         autocast=partial(autocast, precision, device.type),
         decode=decode,
         threads=threads_of(device, config.train.slot_threads or 1),
@@ -330,6 +342,8 @@ def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Paint
         painter = Painter(plan.config, ranks, plan.precision, Agreement(ranks.world_size, flags=1), decoder, renewals)
         if worse is not None:
             painter.load_worse(worse)
+        if conditions := conditions_of(plan, stack.enter_context(_first(plan, ranks)), ranks):
+            painter.conditions, painter.given = conditions, conditions.given
         sampling = painter.sampling
         if plan.custom_sampler:
             sampling = replace(sampling, function=plan.custom_sampler)
@@ -338,6 +352,18 @@ def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Paint
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
             sampling = replace(sampling, numbers=plan.found)
         yield plan, painter, sampling
+
+
+@contextmanager
+def _first(plan: SamplePlan, ranks: Ranks) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Yields the function of seeds to the images of the run that gives the conditions for `--then`. Collective."""
+    if plan.first is None:
+        yield None
+        return
+    with prepared(plan.first, ranks) as (first, painter, sampling):
+        painter.load(first.run, first.checkpoints[0], first.config.sample.weights)
+        # One process that stopped here would leave the others waiting.
+        yield lambda seeds: painter.sample_seeds(seeds, sampling, painter.show_life)
 
 
 def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
@@ -417,5 +443,6 @@ def load_run(
     model = model_of(plan.config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
     with reading_chosen(plan.run, plan.choose) as ((ref,), _):
         load_weights(plan.run, ref, group, model.network)
+    model.vectors = vectors_of(plan.index)
     model.source = f"{plan.run.uri}, {moment_of(plan.label(ref.images_seen))}, weights {group}"
     return model

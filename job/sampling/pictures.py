@@ -15,11 +15,12 @@ from __future__ import annotations
 import io
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from ddpm.augment import in_unit_range
 from ddpm.catalogue import Diffusion
 from ddpm.image_size import ImageSize
 from ddpm.model import Sampling
+from ddpm.objective import Condition
 from ddpm.process import VarianceExploding, VariancePreserving, make_process
 from ddpm.samplers import Walk
 from job.config import RunConfig
@@ -68,7 +70,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     """
     with prepared(plan, meet(stop)) as (plan, painter, sampling):
         editor = Editor(plan.given, painter, sampling) if plan.given else None
-        if plan.request.count is None:
+        if plan.count is None:
             _make_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
             _make_set(plan, painter, sampling, sample_set, editor)
@@ -76,9 +78,12 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 
 def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.config.sample, painter.ranks.is_main
-    usual_seeds = editor.default_seeds() if editor else range(sample.images)
+    usual_seeds = editor.default_seeds() if editor else range(plan.told.count or sample.images)
+    usual_seeds = range(PAIRS) if plan.told.is_row else usual_seeds
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
     all_seeds = editor.all_seeds(seeds) if editor else seeds
+    if plan.told.is_row:
+        all_seeds = [seed for seed in seeds for _ in plan.told.rows]
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     how, usual = plan.how(request.seeds), plan.stored.sample
@@ -99,15 +104,24 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         label = plan.label(ref.images_seen)
         painter.load(plan.run, ref, sample.weights)
         began = time.monotonic()
-        images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
+        if plan.told.is_row:
+            images = _along_vectors(plan, painter, sampling, seeds, label)
+        else:
+            images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
         if is_main:
             rate = len(all_seeds) / (time.monotonic() - began)
             grids.append((moment_of(label), figures.shown(images, sample.show)))
             title = title_of(plan.run, moment_of(label), plan.words, seeds)
-            if editor:
+            if plan.told.is_row:
+                heads = [", ".join(f"{number:.3g}" for number in row) for row in plan.told.rows]
+                scale = max(1, 96 // max(images.shape[1:3]))
+                grid = figures.png(figures.image_grid(images, len(heads), 2, scale, column_labels=heads, title=title))
+            elif editor:
                 grid = editor.grid(images, seeds, with_class(title, plan.sampled_classes))
             else:
-                grid = grid_png(images, seeds, plan.sampled_classes, training, painter.stop, title, sample.show)
+                beside = painter.conditions.beside(seeds) if painter.conditions else {}
+                classes, show = plan.sampled_classes, sample.show
+                grid = grid_png(images, seeds, classes, training, painter.stop, title, show, beside)
             publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.sampled_classes)
@@ -119,6 +133,23 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         classes = plan.sampled_classes if len(plan.sampled_classes) > 1 else ("seed",)
         picture = figures.comparison(grids, [f"{classes[seed % len(classes)]} {seed}" for seed in all_seeds], title)
         publish(max(plan.checkpoints), key, figures.png(picture))
+
+
+def _along_vectors(
+    plan: SamplePlan, painter: Painter, sampling: Sampling, seeds: Sequence[int], label: str
+) -> np.ndarray:
+    """Samples each seed with each of the vectors, uint8 [n · vectors, H, W, C] on the main process. Collective."""
+    columns, usual = [], painter.given
+    for number in range(len(plan.told.rows)):
+
+        def given(seeds: torch.Tensor, number: int = number) -> Condition:
+            # Seed k has vector k.
+            return usual(seeds)._replace(vector=usual(torch.full_like(seeds, number)).vector)
+
+        painter.given = given
+        columns.append(painter.sample_together(seeds, sampling, plan.config.sample.batch_size, label))
+    painter.given = usual
+    return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
 
 
 def _make_set(
@@ -136,7 +167,9 @@ def _make_set(
         if number == 0:
             moment, shown = moment_of(plan.label(sample_set.ref.images_seen)), seeds[: sample.images]
             title = title_of(plan.run, moment, plan.words, shown)
-            grid = grid_png(images[: sample.images], shown, plan.sampled_classes, title=title, show=sample.show)
+            beside = painter.conditions.beside(shown) if painter.conditions else {}
+            classes, show = plan.sampled_classes, sample.show
+            grid = grid_png(images[: sample.images], shown, classes, title=title, show=show, beside=beside)
             put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
         return made_piece(sample_set, number, images)
 
@@ -167,8 +200,9 @@ def grid_png(
     stop: Stop = NEVER,
     title: str = "",
     show: Sequence[int] = (),
+    beside: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> bytes:
-    """Returns a grid of images with the names of their classes, or each beside its nearest training image.
+    """Returns a grid of images with the names of their classes, or each beside others: its nearest training image.
 
     Args:
         images: uint8 or uint16 [n, H, W, C].
@@ -178,11 +212,19 @@ def grid_png(
         stop: ends the search.
         title: the title of the picture.
         show: channels; see `figures.shown`.
+        beside: the condition of each image and its true image, uint8 [n, H, W, 1 or 3], by their captions.
 
     Raises:
         StoppedError: a stop was requested.
     """
     title, images = with_class(title, classes), figures.shown(images, show)
+    if beside:
+        parts = {"condition": beside.get("condition"), "sample": images, "truth": beside.get("truth")}
+        there = {name: figures.shown(part, show) for name, part in parts.items() if part is not None}
+        tiles = np.stack([np.broadcast_to(part, (*part.shape[:3], 3)) for part in there.values()], axis=1)
+        heads, scale = [*there] * min(len(images), 9 // len(there)), max(1, 96 // max(images.shape[1:3]))
+        tiles = tiles.reshape(-1, *tiles.shape[2:])
+        return figures.png(figures.image_grid(tiles, len(heads), 2, scale, column_labels=heads, title=title))
     if training is not None:
 
         def chunks() -> Iterator[np.ndarray]:

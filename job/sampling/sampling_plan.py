@@ -13,14 +13,15 @@ The last part of the name is a hash of everything that decides the images and th
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib
 import inspect
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,11 @@ from ddpm.image_size import ImageSize
 from job.coordination.pieces import WHOLE, Pieces, Slice
 from job.data.codecs import kind_of
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, did_you_mean
+from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.own_code import faults_of
 from job.processes.launcher import lost_peer
 from job.progress import note
-from job.requests import SampleRequest, parse_numbers
+from job.requests import MAX_NUMBERS, SampleRequest, parse_numbers
 from job.runs.checkpoints import load_manifest, lost_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.records import check_network_named
@@ -67,6 +68,8 @@ STRENGTHS = {"img2img": 0.6, "invert": 1.0}
 """The default share of the steps of a mode."""
 PIECES_WANTED = 64
 """The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
+ROW_IMAGES = 8
+"""Images of a row between two vectors."""
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
 """A killed process loses at most two pieces: one in upload, one half made."""
@@ -83,6 +86,30 @@ class Given:
     """The classes of images of the dataset."""
     unknown: np.ndarray | None = None
     """The part to replace, bool [H, W]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """The conditions that a command names, which the seeds take in turn."""
+
+    pictures: np.ndarray | None = None
+    """uint8 [n, h, w, C]."""
+    hidden: np.ndarray | None = None
+    """The part of them to fill in, bool [H, W]."""
+    rows: tuple[tuple[float, ...], ...] = ()
+    """Vectors of numbers as in the dataset."""
+    is_row: bool = False
+    """Whether each seed takes all vectors, which become a row of a picture."""
+    sha256: str = ""
+    """The hash of it all."""
+
+    @property
+    def count(self) -> int:
+        """The number of pictures or vectors, whichever is larger."""
+        return max(0 if self.pictures is None else len(self.pictures), len(self.rows))
+
+
+NOT_TOLD = Told()
 
 
 @dataclass(frozen=True)
@@ -167,12 +194,26 @@ class SamplePlan(RunHandle):
     custom_sampler: OwnSampler | None
     found: tuple[int, ...] = ()
     """The numbers of the points of the found grid, once it is computed."""
+    told: Told = NOT_TOLD
+    first: SamplePlan | None = None
+    """The run whose images become the conditions, for `--then`."""
+
+    @property
+    def count(self) -> int | None:
+        """The number of images to save; None: pictures of them instead."""
+        request = self.request
+        return request.count or (self.told.count if request.save else None)
 
     @property
     def precision(self) -> str:
         """The number format of the network."""
         chosen = self.config.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
+
+    @property
+    def origin(self) -> str:
+        """The run and the moment of its images, as part of the name of pictures that they are conditions of."""
+        return f"of-{self.run.uri.rpartition('/')[2]}-{self.label(self.checkpoints[0].images_seen)}"
 
     def choose(self) -> list[CheckpointRef]:
         """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
@@ -190,6 +231,8 @@ class SamplePlan(RunHandle):
         how = self.how_sampled
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
+        how += f"-condition-{self.told.sha256[:12]}" if self.told.sha256 else ""
+        how += f"-{self.first.origin}" if self.first else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
@@ -201,6 +244,19 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BadConfigError: more steps than timesteps, or guidance that the network has not learnt.
         BadRequestError: an option that the sampler does not take, or an unknown sampler, class or image.
     """
+    if request.then:
+        # The options are those of the first run: the second one samples by its settings.
+        first, (run, _, epoch) = plan_sampling(replace(request, then=""), stop), request.then.partition("@")
+        if len(first.checkpoints) != 1:
+            raise BadRequestError("--then takes the images of one checkpoint: name it by --checkpoints")
+        shared = {
+            key: getattr(request, key) for key in ("bucket", "seeds", "batch_size", "count", "save", "first_seed")
+        }
+        then = SampleRequest(run, checkpoints=epoch or "latest", slice=request.slice, **shared)
+        second = plan_sampling(then, stop)
+        if not second.config.condition.channels or first.pixel_shape[0] != second.pixel_shape[0]:
+            raise BadRequestError(f"--then {run}: it has no condition image of {first.pixel_shape[0]} channels")
+        return replace(second, first=first)
     of_run = open_run(request.bucket, request.run, stop)
     config, chosen = of_run.config, {**request.keys}
     given, classes = _given(request, of_run), of_run.classes
@@ -234,6 +290,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         given=given,
         custom_sampler=custom_sampler,
         found=found_points(of_run.run, sample.steps) if sample.grid == "found" else (),
+        told=_told(request, of_run),
     )
     if request.checkpoints == "latest" and (lost := lost_manifest(of_run.run, [*plan.checkpoints])):
         note(f"{lost}; sampling from the newest checkpoint that is there")
@@ -285,8 +342,7 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
     labels, name, index = list[int](), request.image, of_run.index
-    channels, height, width = of_run.pixel_shape
-    size = ImageSize(height, width)
+    channels, size = of_run.pixel_shape[0], ImageSize(*of_run.pixel_shape[1:])
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
     if of_run.config.data.bits != 8 or channels not in (1, 3):
@@ -310,19 +366,84 @@ def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
     if request.mode == "img2img" or request.mode == "invert":
         strength = request.strength or STRENGTHS[request.mode]
         return Given(Editing(mode=request.mode, image=name, strength=strength), images, labels)
-    mask = request.mask or "half"
-    unknown = np.zeros(size.shape, bool)
+    unknown, mask = _unknown(request.mask or "half", size)
+    editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
+    return Given(editing, images, labels, unknown)
+
+
+def _unknown(mask: str, size: ImageSize) -> tuple[np.ndarray, str]:
+    """Returns the part of images that `--mask` names, bool [H, W], and its name, or the SHA-256 of its file."""
+    unknown, (height, width), name = np.zeros(size.shape, bool), size.shape, mask
     if mask == "half":
         unknown[:, width // 2 :] = True
     elif mask == "centre":
         unknown[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
     else:
-        levels, mask = _read_image("--mask", mask, Recipe(size, "center", "box", 1, min_side=1))
+        levels, name = _read_image("--mask", mask, Recipe(size, "center", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
     if unknown.all() or not unknown.any():
-        raise BadRequestError(f"--mask {request.mask}: inpaint replaces the white part, here all of it or nothing")
-    editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
-    return Given(editing, images, labels, unknown)
+        raise BadRequestError(f"--mask {mask}: inpaint replaces the white part, here all of it or nothing")
+    return unknown, name
+
+
+def _told(request: SampleRequest, of_run: RunHandle) -> Told:
+    """Returns the conditions that a command names.
+
+    Raises:
+        BadRequestError: the network takes no such condition, or a vector has other numbers.
+        MissingInputError, BadDataError: a file is missing, or damaged.
+    """
+    settings, size, index = of_run.config.condition, ImageSize(*of_run.config.image_shape[1:]), of_run.index
+    takes = {"condition": settings.channels, "vector": settings.vector, "vectors": settings.vector}
+    if wrong := [name for name, has in takes.items() if getattr(request, name) and not has]:
+        raise BadRequestError(f"--{wrong[0]}: run {request.run!r} has no condition of this kind: leave it out")
+    hidden, pictures, parts = None, None, list[str]()
+    if request.condition:
+        where = Path(request.condition)
+        files = sorted(path for path in where.iterdir() if not path.name.startswith(".")) if where.is_dir() else [where]
+        if not files:
+            raise MissingInputError(f"--condition {where} is an empty folder")
+        channels = of_run.config.image_shape[0] if settings.derive else settings.channels
+        recipe = Recipe(settings.small_size(size), "center", "bicubic", channels, min_side=1)
+        read, hashes = zip(*(_read_image("--condition", str(path), recipe) for path in files), strict=True)
+        pictures, parts = np.stack(read), [*hashes]
+        if request.mask:
+            if not settings.derive.startswith("mask"):
+                raise BadRequestError(f"--mask: run {request.run!r} has not learnt masks: leave it out")
+            hidden, name = _unknown(request.mask, size)
+            parts.append(name)
+    names, is_row = index.vector_names if index else (), ":" in request.vector
+    if request.vector:
+        rows = [_numbers("--vector", part.split(","), names) for part in request.vector.split(":")]
+        if is_row:
+            rows = np.linspace(rows[0], rows[-1], ROW_IMAGES).tolist()
+    else:
+        rows = _read_rows(request.vectors, names) if request.vectors else []
+    parts += map(str, rows)
+    sha256 = hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+    return Told(pictures, hidden, tuple(map(tuple, rows)), is_row, sha256)
+
+
+def _numbers(where: str, words: Sequence[str], names: Sequence[str]) -> list[float]:
+    with suppress(ValueError):
+        numbers = [*map(float, words)]
+        if len(numbers) == len(names) and all(map(isfinite, numbers)):
+            return numbers
+    raise BadRequestError(f"{where} {','.join(words):.99}: use {len(names)} finite numbers, of {', '.join(names)}")
+
+
+def _read_rows(file: str, names: Sequence[str]) -> list[list[float]]:
+    """Returns the vectors in a CSV file, whose first line may name its columns."""
+    with os_errors(f"--vectors {file}"):
+        lines = [line for line in csv.reader(Path(file).read_text(errors="replace").splitlines()) if line]
+    columns = [*range(len(names))]
+    if lines and {*names} <= {*lines[0]}:
+        head, *lines = lines
+        columns = [head.index(name) for name in names]
+    rows = [[line[column] for column in columns if column < len(line)] for line in lines]
+    if not 0 < len(rows) <= MAX_NUMBERS:
+        raise BadRequestError(f"--vectors {file} has {len(rows):,} vectors: use 1 to {MAX_NUMBERS:,}")
+    return [_numbers(f"--vectors {file}, line {number}:", row, names) for number, row in enumerate(rows, 1)]
 
 
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
@@ -415,13 +536,21 @@ class SampleSet:
             )
 
 
+def _fingerprint(plan: SamplePlan) -> str:
+    """Returns the hash of the conditions that a command names, or that another run makes."""
+    if (first := plan.first) is None:
+        return plan.told.sha256
+    how = first.config.sample.effective.model_dump_json(), load_manifest(first.run, first.checkpoints[0]).sha256
+    return hashlib.sha256("\n".join((*how, first.told.sha256)).encode()).hexdigest()
+
+
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:
     """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
 
     Raises:
         BadDataError: a checkpoint's manifest is damaged.
     """
-    request, count = plan.request, plan.request.count
+    request, count = plan.request, plan.count
     if count is None:
         return []
     first_seed, save, channels = request.first_seed or 0, request.save or "shards", plan.pixel_shape[0]
@@ -437,6 +566,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.worse.of_run.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
+            conditions=_fingerprint(plan),
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
             size=ImageSize(*plan.pixel_shape[1:]),

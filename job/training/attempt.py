@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ddpm.catalogue import OF_CLASSES
+from ddpm.catalogue import OF_CLASSES, OF_IMAGES, OF_NUMBERS
 from ddpm.state import TrainState
 from job.config import method
 from job.coordination.lease import Lease
@@ -276,8 +276,12 @@ def load_parent(state: TrainState, of_run: RunHandle) -> None:
             raise BadDataError(f"{run.uri}/{ref.key} has changed since it was pinned: {what_to_do}")
         weights = {parent.weights: state.tensors()["model"]}
         with kept_while_read(run, ref):
-            others = restore(run, ref, weights, may_differ=OF_CLASSES).differing
+            others = restore(run, ref, weights, may_differ=(*OF_CLASSES, *OF_NUMBERS), may_grow=OF_IMAGES).differing
     except MissingInputError as error:
         raise MissingInputError(f"{run.uri}/{ref.key} is gone ({error}): {what_to_do}") from None
-    but = f", but for {', '.join(sorted(others))}: the number of classes differs" if others else ""
+    why = {
+        "the number of classes differs": [name for name in others if name.startswith(OF_CLASSES)],
+        "they are new, and change nothing at first": [name for name in others if name.startswith(OF_NUMBERS)],
+    }
+    but = "".join(f", but for {', '.join(sorted(names))}: {reason}" for reason, names in why.items() if names)
     note(f"the first weights are those of {parent.words}{but}")

@@ -11,6 +11,7 @@ from job.evaluation.evaluate import Evaluator, validation_row
 from job.processes.ranks import Agreement
 from job.requests import GIF_SEEDS
 from job.runs.run import SCORES_FIGURE, denoising_key, moment_of, score_name, title_of
+from job.sampling.conditions import Conditions
 from job.sampling.painter import Painter
 from job.sampling.pictures import grid_png, with_class
 from job.training.attempt import TrainingAttempt
@@ -39,6 +40,10 @@ class Interludes:
         self._attempt, self._agreement = attempt, agreement
         self._plan, self._config, self._state = attempt.plan, attempt.plan.config, attempt.state
         self._decoder = load_decoder(attempt.plan.bucket, attempt.plan.index, attempt.ranks.device)
+        self._conditions = None
+        if self._config.is_conditioned:
+            images = attempt.held_out or attempt.images
+            self._conditions = Conditions(self._config, attempt.ranks.device, images)
         chosen = self._config.evaluate
         self.score_name = score_name(chosen.metrics[0], chosen.extractor)
         if chosen.every_epochs:
@@ -120,6 +125,7 @@ class Interludes:
             painter.network.load_state_dict(self._state.model.state_dict())
         else:
             self._state.load_average(weights, painter.network)
+        painter.given = self._conditions.given if self._conditions else painter.given
         return painter
 
     def _sampling_painter(self) -> Painter:
@@ -141,6 +147,7 @@ class Interludes:
                 stop=self._attempt.stop,
                 title=self._title(seeds),
                 show=sample.show,
+                beside=self._conditions.beside(seeds) if self._conditions else {},
             )
             recorder.put_grid(self._grid_key(), grid)
 

@@ -16,13 +16,18 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as torchvision
 
 from ddpm.augment import LABELS, Augmentation, Latents, random_boxes, random_transforms, transform
+from ddpm.catalogue import Conditioning
+from ddpm.conditions import learnt
 from ddpm.image_size import ImageSize
+from ddpm.objective import Condition
 from ddpm.randomness import (
     Purpose,
     _box_muller,
+    augmentation_uniforms,
+    condition_noise,
     conditions_on_itself,
     dropout_seed,
-    drops_label,
+    drops_conditions,
     philox,
     sampling_noise,
     training_flips,
@@ -118,7 +123,13 @@ FAR = torch.tensor([2**40])
         ((training_uniforms(42, FEW) * 1000).long(), [261, 217, 218, 999, 702, 955, 642, 998]),
         (training_flips(42, FEW).int(), [1, 1, 0, 1, 0, 1, 1, 1]),
         (torch.tensor(dropout_seed(42, 128)), 2038940925434337306),
-        (drops_label(42, FEW, 0.5).int(), [0, 1, 1, 0, 1, 1, 1, 1]),
+        (drops_conditions(42, FEW, 0.5, 1)[0].int(), [0, 1, 1, 0, 1, 1, 1, 1]),
+        (drops_conditions(42, FEW, 0.2, 3)[1].int(), [0, 0, 0, 1, 1, 1, 1, 0]),
+        (condition_noise(Purpose.CONDITION_NOISE, FAR, 42, (1, 1, 2), "cpu"), "7d7e3d3fe464693f"),
+        (condition_noise(Purpose.DERIVED_NOISE, FAR, 42, (1, 1, 2), "cpu"), "6c238c3f9941f23e"),
+        (condition_noise(Purpose.SAMPLING_CONDITION, 0, FAR, (1, 1, 2), "cpu"), "3656a2bec2d3acbe"),
+        ((augmentation_uniforms(Purpose.CONDITION, 42, FAR, 2) * 1000).long(), [[754, 784]]),
+        ((augmentation_uniforms(Purpose.CONDITION_LEVEL, 42, FAR, 2) * 1000).long(), [[385, 439]]),
         (torch.tensor([int(conditions_on_itself(42, number)) for number in range(8)]), [0, 1, 1, 1, 0, 1, 0, 1]),
     ],
 )
@@ -148,6 +159,13 @@ def augmented(seed: int, numbers: Tensor, part: slice, size: ImageSize) -> Tenso
     return torch.cat([each.flatten(1) for each in made], dim=1)
 
 
+def conditions(settings: Conditioning, seed: int, numbers: Tensor, part: slice) -> Tensor:
+    """Condition images, some of which are left out, their noise and their classes."""
+    x, labels = images_of(61)[part].float() / 127.5 - 1, Condition(torch.zeros(len(numbers), dtype=torch.int64))
+    told = learnt(labels, x, seed, numbers, settings, dropout=0.2, null_class=1)
+    return torch.cat([each.flatten(1).float() for each in (told.labels[:, None], told.image)], dim=1)
+
+
 DRAWS = {
     "noise": lambda seed, numbers, _: training_noise(seed, numbers, (3, 5, 7), "cpu"),
     "small noise": lambda seed, numbers, _: training_noise(seed, numbers, (1, 1, 1), "cpu"),
@@ -157,7 +175,9 @@ DRAWS = {
     "sampling": lambda seed, numbers, _: sampling_noise(numbers, seed, (1, 7, 5), "cpu", 0.3),
     "points": lambda seed, numbers, _: training_uniforms(seed, numbers),
     "flips": lambda seed, numbers, _: training_flips(seed, numbers),
-    "labels": lambda seed, numbers, _: drops_label(seed, numbers, 0.4),
+    "labels": lambda seed, numbers, _: drops_conditions(seed, numbers, 0.2, 3).T,
+    "brush": lambda seed, numbers, part: conditions(Conditioning("mask:brush", noise=0.5), seed, numbers, part),
+    "noisy": lambda seed, numbers, part: conditions(Conditioning("noise:0.3"), seed, numbers, part),
     "latents": lambda seed, numbers, part: LATENTS.drawn(seed, numbers, moments(61)[part]),
     "augmentation": lambda seed, numbers, part: augmented(seed, numbers, part, SIZES[0]),
     "augmentation of others": lambda seed, numbers, part: augmented(seed, numbers, part, SIZES[1]),
@@ -197,12 +217,15 @@ def test_uniforms_are_uniform() -> None:
 def test_labels_are_dropped_by_probability() -> None:
     numbers = torch.arange(100_000)
     for probability in (0.1, 0.5):
-        lost = drops_label(11, numbers, probability).double()
+        lost = drops_conditions(11, numbers, probability, 1)[0].double()
         bound = 4 * (probability * (1 - probability) / 100_000) ** 0.5
         assert lost.mean().item() == pytest.approx(probability, abs=bound)
         for other in (training_uniforms(11, numbers), training_flips(11, numbers).double()):
             assert torch.corrcoef(torch.stack([lost, other]))[0, 1].abs() < 4 / 100_000**0.5
-    assert not drops_label(11, numbers, 0.0).any()
+    assert not drops_conditions(11, numbers, 0.0, 3).any()
+    # All of three conditions at once, and with the same probability each alone.
+    patterns = (drops_conditions(11, numbers, 0.1, 3).T.int() @ torch.tensor([1, 2, 4], dtype=torch.int32)).bincount()
+    assert (patterns / 100_000).tolist() == pytest.approx([0.6, 0.1, 0.1, 0, 0.1, 0, 0, 0.1], abs=0.005)
     coins = [conditions_on_itself(seed, number) for seed in (0, 2**63 - 1) for number in range(5_000)]
     assert sum(coins) / 10_000 == pytest.approx(0.5, abs=0.02)
     agree = sum(a == b for a, b in zip(coins[:5_000], coins[5_000:], strict=True))

@@ -287,7 +287,7 @@ def test_a_last_class_without_a_name_guides(pipeline, tmp_path):
         ({"classes": []}, "name one at least"),
         ({"classes": True}, "unknown class True"),
         ({"classes": 1.0}, "unknown class 1.0"),
-        ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
+        ({"guidance": 2}, "guidance needs a network that has also learnt images without class and condition"),
     ],
 )
 def test_impossible_samples_are_refused(pipeline, options, said):

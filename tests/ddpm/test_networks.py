@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ddpm import networks
-from ddpm.catalogue import NETWORKS, OF_CLASSES
+from ddpm.catalogue import NETWORKS, OF_CLASSES, OF_IMAGES, OF_NUMBERS
 from ddpm.image_size import ImageSize
 from ddpm.networks.dit import _rotations
 from ddpm.networks.edm2 import MPConv
@@ -29,7 +29,13 @@ TELLS: dict[str, dict[str, Any]] = {
     kind: {"self_conditioning": True, "augmentation_labels": 5} if kind in TOLD else {} for kind in SMALL
 }
 
-
+CONDITIONED = {"condition_channels": 2, "vector_size": 3, "condition_noise": True}
+GIVEN = Condition(
+    image=normal(7, (4, 2, 16, 16), torch.float32),
+    image_noise=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+    vector=torch.cat([normal(8, (4, 3), torch.float32), torch.ones(4, 1)], dim=1),
+)
+"""The conditions of four images."""
 IMPROVED = {"channel_mults": (1, 2, 3, 4), "layers_per_level": 3, "attention_sizes": (16, 8), "scale_shift": True}
 ADM = {"head_channels": 64, "resample_in_blocks": True, "attention_sizes": (32, 16, 8), "scale_shift": True}
 PUBLISHED = {
@@ -88,7 +94,7 @@ def test_published_sizes(about: tuple[str, int, int, int]) -> None:
         ("dit", {"image_size": ImageSize(15, 16)}, r"data.size=16x15 is not a multiple"),
         ("dome", {"image_size": ImageSize(16, 24)}, r"takes squares alone, not data.size=24x16"),
         ("dome", {"self_conditioning": True}, "t and the class alone"),
-        ("dome", {"augmentation_labels": 2}, "t and the class alone"),
+        *(("dome", {key: 2}, "t and the class alone") for key in ("augmentation_labels", "condition_channels")),
         ("vit", {}, f"unknown network 'vit': choose one of {', '.join(NETWORKS)}"),
     ],
 )
@@ -163,12 +169,133 @@ def test_networks_are_told_estimate_and_augmentation(kind: str) -> None:
     assert_close(mixed[[0, 2]], output[[0, 2]], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", TOLD)
+def test_networks_are_told_their_conditions(kind: str) -> None:
+    """What is left out is zeros, also where a number is zero, which is another one."""
+    network, (x, t) = build(kind, **CONDITIONED).eval(), inputs()
+    with torch.no_grad():
+        output, zeros = network(x, t, GIVEN), torch.zeros(4, 4)
+        zeroed = [zeros[:, :3], torch.ones(4, 1)]
+        others = {"image": GIVEN.image.flip(1), "image_noise": zeros[:, 0], "vector": zeros}
+        answers = [network(x, t, GIVEN._replace(**{name: other})) for name, other in others.items()]
+        answers.append(network(x, t, GIVEN._replace(vector=torch.cat(zeroed, dim=1))))
+        for number, answer in enumerate(answers):
+            assert all((answer - other).abs().max() > 0.01 for other in (output, *answers[:number]))
+        # Each image is told its own.
+        alone = Condition(*(None if each is None else each[:1] for each in GIVEN))
+        assert_close(network(x[:1], t[:1], alone), output[:1], rtol=0, atol=1e-5)
+    plain = build(kind)
+    for name, message in (("image", "2 channels"), ("image_noise", "image_noise goes with"), ("vector", "vector goes")):
+        with pytest.raises(ValueError, match=message):
+            network(x, t, GIVEN._replace(**{name: None}))
+        with pytest.raises(ValueError, match=message.replace("2 c", "0 c")):
+            plain(x, t, Condition(**{name: getattr(GIVEN, name)}))
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_conditions_that_come_later_change_nothing_at_first(kind: str) -> None:
+    """The weights of a network without conditions, followed by zeros, and new layers as they begin."""
+    parent, (x, t) = build(kind), inputs()
+    shape = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
+    child = networks.build(kind, **shape, **SMALL[kind], **CONDITIONED)
+    learnt, grown = dict(parent.named_parameters()), []
+    with torch.no_grad():
+        for name, parameter in child.named_parameters():
+            if name.startswith(OF_NUMBERS):
+                continue
+            value = learnt[name]
+            if parameter.shape != value.shape:
+                grown.append(name)
+                parameter.zero_()
+            parameter[:, : value.shape[1]].copy_(value) if parameter.ndim > 1 else parameter.copy_(value)
+        for each in (parent, child):
+            if kind == "edm2":
+                each.normalise()
+        output, expected = child.eval()(x, t, GIVEN), parent.eval()(x, t)
+    assert len(grown) == 1 and grown[0] in OF_IMAGES
+    assert_close(output, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    child(x, t, GIVEN).square().mean().backward()
+    assert all(dict(child.named_parameters())[f"{part}.linear_2.weight"].grad.any() for part in OF_NUMBERS)
+
+
+def super_resolved(weights: dict[str, Tensor], x: Tensor, t: Tensor, low: Tensor) -> Tensor:
+    """guided-diffusion's `SuperResModel`: its `UNetModel` of ADM's options on x_t, then the enlarged image.
+
+    Written from unet.py and nn.py of github.com/openai/guided-diffusion, with our names of the weights, for two levels
+    of one block, attention in the second one, heads of 8 channels, `use_scale_shift_norm` and `resblock_updown`.
+    """
+
+    def linear(name: str, h: Tensor) -> Tensor:
+        return F.linear(h, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def conv(name: str, h: Tensor) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(h, weight, weights[f"{name}.bias"], padding=weight.shape[2] // 2)
+
+    def norm(name: str, h: Tensor) -> Tensor:
+        return F.group_norm(h, 4, weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+
+    def res_block(name: str, h: Tensor, change: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+        out = conv(f"{name}.conv1", change(F.silu(norm(f"{name}.norm1", h))))
+        h = change(h)
+        scale, shift = linear(f"{name}.time_emb_proj", F.silu(emb))[..., None, None].chunk(2, dim=1)
+        out = norm(f"{name}.norm2", out) * (1 + scale) + shift
+        skip = conv(f"{name}.conv_shortcut", h) if f"{name}.conv_shortcut.weight" in weights else h
+        return skip + conv(f"{name}.conv2", F.silu(out))
+
+    def attention_block(name: str, h: Tensor) -> Tensor:
+        b, c, *spatial = h.shape
+        flat = norm(f"{name}.group_norm", h.reshape(b, c, -1))
+        q, k, v = (
+            F.conv1d(flat, weights[f"{name}.to_{part}.weight"][..., None], weights[f"{name}.to_{part}.bias"]).reshape(
+                b * (c // 8), 8, -1
+            )
+            for part in "qkv"
+        )
+        scale = 1 / math.sqrt(math.sqrt(8))
+        weight = torch.softmax(torch.einsum("bct,bcs->bts", q * scale, k * scale), dim=-1)
+        a = torch.einsum("bts,bcs->bct", weight, v).reshape(b, c, -1)
+        out = F.conv1d(a, weights[f"{name}.to_out.0.weight"][..., None], weights[f"{name}.to_out.0.bias"])
+        return h + out.reshape(b, c, *spatial)
+
+    upsampled = F.interpolate(low, x.shape[2:], mode="bilinear")
+    freqs = torch.exp(-math.log(10000) * torch.arange(4, dtype=torch.float32) / 4)
+    args = t[:, None].float() * freqs[None]
+    emb = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+    emb = linear("time_embedding.linear_2", F.silu(linear("time_embedding.linear_1", emb)))
+    down, up = "down_blocks", "up_blocks"
+    hs = [conv("conv_in", torch.cat([x, upsampled], dim=1))]
+    hs.append(res_block(f"{down}.0.resnets.0", hs[-1]))
+    hs.append(res_block(f"{down}.0.downsamplers.0", hs[-1], lambda h: F.avg_pool2d(h, 2)))
+    hs.append(attention_block(f"{down}.1.attentions.0", res_block(f"{down}.1.resnets.0", hs[-1])))
+    h = attention_block("mid_block.attentions.0", res_block("mid_block.resnets.0", hs[-1]))
+    h = res_block("mid_block.resnets.1", h)
+    for number in range(2):
+        h = res_block(f"{up}.0.resnets.{number}", torch.cat([h, hs.pop()], dim=1))
+        h = attention_block(f"{up}.0.attentions.{number}", h)
+    h = res_block(f"{up}.0.upsamplers.0", h, lambda h: F.interpolate(h, scale_factor=2, mode="nearest"))
+    for number in range(2):
+        h = res_block(f"{up}.1.resnets.{number}", torch.cat([h, hs.pop()], dim=1))
+    return conv("conv_out", F.silu(norm("conv_norm_out", h)))
+
+
+def test_a_conditioned_unet_is_the_upsampler_of_guided_diffusion() -> None:
+    adm = {"head_channels": 8, "scale_shift": True, "resample_in_blocks": True, "conventions": "diffusers"}
+    network, (x, t) = build("unet", out_channels=6, condition_channels=3, **adm).eval(), inputs()
+    low = normal(9, (4, 3, 4, 4), torch.float32)
+    expected = super_resolved(network.state_dict(), x, t, low)
+    output = network(x, t, Condition(image=F.interpolate(low, (16, 16), mode="bilinear")))
+    assert expected.std() > 0.1
+    assert_close(output, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_weight_has_a_part_and_a_gradient(kind: str) -> None:
     """Also when it gets neither an estimate nor augmentation: DDP waits for one that has none."""
-    network = build(kind, num_classes=3, **TELLS[kind], **({"uncertainty": True} if kind == "edm2" else {}))
+    told, given = (CONDITIONED, GIVEN) if kind in TOLD else ({}, Condition())
+    network = build(kind, num_classes=3, **TELLS[kind], **told, **({"uncertainty": True} if kind == "edm2" else {}))
     x, t = inputs()
-    network(x, t, of_classes(0, 1, 0, 2)).square().mean().backward()
+    network(x, t, given._replace(labels=torch.tensor([0, 1, 0, 2]))).square().mean().backward()
     learnt = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert all(parameter.grad is not None for parameter in learnt.values())
     assert {name.partition(".")[0] for name in learnt} == {*NETWORKS[kind].parts.split()}

@@ -8,6 +8,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch import Tensor, multiprocessing, nn
 from ddpm import precision as precision_module
 from ddpm import training
 from ddpm.augment import Augmentation
-from ddpm.catalogue import NETWORKS, Diffusion, Train
+from ddpm.catalogue import NETWORKS, Conditioning, Diffusion, Train
 from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
@@ -35,6 +36,7 @@ from tests.ddpm.known import TOLD, build, normal
 from tests.little_memory import LittleMemory
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
+UNTOLD = Conditioning()
 WORLDS, DIVIDED = (1, 2, 3, 4, 5, 7, 8), (2, 3, 4)
 CASES: list[dict[str, Any]] = [
     *({"kind": kind, "network": {"dropout": dropout}} for kind, dropout in product(TOLD, (0.0, 0.1))),
@@ -44,6 +46,9 @@ CASES: list[dict[str, Any]] = [
     {"kind": "unet", "optimizer": "muon"},
     {"kind": "unet", "optimizer": "adamw8bit", "average": HostEMA},
     {"kind": "unet", "freeze": ("down", "mid", "up", "time_embedding", "conv_norm", "conv_out", "class", "augm")},
+    {"kind": "unet", "conditioning": Conditioning("mask:brush", noise=0.5, channels=4), "micro_batch_size": 1},
+    {"kind": "edm2", "conditioning": Conditioning(noise=0.5, channels=1, vector=2)},
+    {"kind": "dit", "conditioning": Conditioning("jpeg:30", channels=3, vector=2)},
 ]
 CPU = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, backward=Tensor.backward, no_sync=lambda network: nullcontext()
@@ -90,24 +95,28 @@ def learnt(
     hooks: training.Hooks = ON,
     network: dict[str, Any] | None = None,
     average: type[EMA] = EMA,
+    conditioning: Conditioning = UNTOLD,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Returns weights, moments, averages and sums of the losses after some steps."""
     objective, settings = objective_and_settings(kind, precision=precision, **options)
+    settings = replace(settings, conditioning=conditioning)
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
+    told |= {"condition_channels": conditioning.channels, "vector_size": conditioning.vector}
+    told |= {"condition_noise": conditioning.noise > 0}
     model = build(kind, image_size=SIZE, num_classes=CLASSES, null_class=True, **told, **(network or {})).to(
         memory_format=memory_format
     )
     place = {"rank": slots.rank, "world_size": slots.world_size} if slots else {}
     state = create_state(model, settings.train, settings.averages, average, **place)
-    batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)))
+    batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)), conditioning)
     slow = Slow(model, precision, seconds)
     training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)
     return tensors_of(state) | {"losses": state.log.reduced()}
 
 
-def batches_of(steps: int, places: list[int]) -> list[Any]:
+def batches_of(steps: int, places: list[int], conditioning: Conditioning = UNTOLD) -> list[Any]:
     """The images at some places of the first batches."""
     images = np.random.default_rng(0)
     return [
@@ -115,6 +124,12 @@ def batches_of(steps: int, places: list[int]) -> list[Any]:
             image_numbers=np.arange(BATCH_IMAGES * step, BATCH_IMAGES * (step + 1))[places],
             images=torch.from_numpy(images.integers(0, 256, (BATCH_IMAGES, 3, SIZE, SIZE), dtype=np.uint8))[places],
             labels=(torch.arange(BATCH_IMAGES) % CLASSES)[places],
+            conditions=torch.from_numpy(images.integers(0, 256, (BATCH_IMAGES, 1, SIZE, SIZE), dtype=np.uint8))[places]
+            if conditioning.channels and not conditioning.derive
+            else None,
+            vectors=torch.from_numpy(images.standard_normal((BATCH_IMAGES, 2), dtype=np.float32))[places]
+            if conditioning.vector
+            else None,
         )
         for step in range(steps)
     ]

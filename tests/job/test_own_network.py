@@ -121,6 +121,7 @@ REFUSALS = [
     ((), f"{NAMED} --set network.width=true", 78, "network.width=True: its default is 8"),
     ((), f"{NAMED} --set train.freeze=z", 78, "Net has no parameter that begins with 'z'"),
     ((), f"{NAMED} --set diffusion.self_conditioning=true", 78, "takes no x_start: add x_start=None"),
+    ((), f"{NAMED} --set condition.derive=grey", 78, "takes no image: add image=None"),
     ((), "--set network.width=3", 78, "name it by --network FILE:CLASS"),
     ((), "--set model.kind=own", 78, "name it by --network FILE.py:CLASS"),
     (("width=8", "width"), NAMED, 64, "width of Net.__init__ is a setting of the run"),

@@ -139,6 +139,34 @@ def test_other_classes_begin_anew_and_the_rest_does_not(bucket, tmp_path):
         succeeded(child(bucket, *same, of=begun, run=f"{begun}first", dataset="plain"))
 
 
+@pytest.mark.slow
+def test_a_condition_that_comes_later_begins_at_zero(bucket):
+    """The same command goes on, and another derivation of as many channels is no other network."""
+    sets = "condition.derive=mask:brush condition.noise=0.5"
+    said = child(bucket, sets=sets)
+    succeeded(said)
+    assert "noise_embedding.linear_2.weight: they are new, and change nothing at first" in said.stderr
+    given, ours = weights(bucket, "walk", 312, "ema"), weights(bucket, "child", 0, "model")
+    new = {f"noise_embedding.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}
+    assert unequal(given, ours) == {"conv_in.weight"} | new
+    assert np.array_equal(ours["conv_in.weight"][:, :3], given["conv_in.weight"])
+    assert not ours["conv_in.weight"][:, 3:].any() and not ours["noise_embedding.linear_2.weight"].any()
+    assert weights(bucket, "child", 312, "model")["conv_in.weight"][:, 3:].any()
+    succeeded(child(bucket, sets=sets, epochs=2))
+    succeeded(child(bucket, sets="condition.derive=mask:centre", run="centre", of="child"))
+    for words, of, said in (
+        ("condition.derive=grey", "child", "(condition.channels: 4 → 1)"),
+        ("condition.derive='' condition.noise=0", "child", "(condition.channels: 4 → 0"),
+        ("condition.derive=sepia", "walk@1", "condition.derive='sepia': use downscale:4"),
+        ("condition.derive=downscale:5", "walk@1", "16 pixels are no multiple of 5"),
+        ("condition.noise=0.1", "walk@1", "condition.noise needs a condition image"),
+        ("condition.channels=3", "walk@1", "is set by --dataset NAME, or condition.derive"),
+    ):
+        assert said in refused(child(bucket, sets=words, run="other", of=of), Exit.BAD_CONFIG), words
+    line = refused(child(bucket, sets="condition.derive=grey", of="", epochs=2), Exit.BAD_CONFIG)
+    assert "condition.derive: the run has mask:brush, asked for grey" in line
+
+
 @pytest.mark.parametrize(("preset", "small"), [("landscape-sample", {}), ("dit", {"model.depth": 1}), ("dome", {})])
 def test_classes_begin_independently_of_the_parent_and_its_other_children(preset, small):
     """The draw is a function of the configuration alone."""

@@ -44,7 +44,7 @@ SMALL |= {"checkpoint.every_minutes": "60"}
 EVERYTHING = (
     "model.dropout=0.1 data.augment=0.5 data.crop_scale=0.5,1 ema.stds=0.05,0.1 ema.warmup=edm ema.snapshot_epochs=1 "
     "train.weight_decay=0.1 train.learning_rate_decay=cosine train.decay_images=700 model.label_dropout=0.3 "
-    "diffusion.self_conditioning=true diffusion.variance=learned_range"
+    "diffusion.self_conditioning=true diffusion.variance=learned_range condition.derive=mask:brush condition.noise=0.5"
 )
 """What must be a function of images seen, or lie in the checkpoint."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
+from PIL import Image
 
 import ddpm
 from ddpm.model import generate, make_denoiser
@@ -44,9 +45,9 @@ def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def told(out, **changes):
+def told(out, seen=None, **changes):
     """What one has after typing the code of an export's card, with some words changed."""
-    card, seen = (out / "README.md").read_text(), {}
+    card, seen = (out / "README.md").read_text(), seen or {}
     (code,) = (part.removeprefix("python\n") for part in card.split("```")[1::2])
     for before, after in ({"this folder": str(out)} | changes).items():
         assert before in code
@@ -82,6 +83,32 @@ def test_card_of_a_rectified_flow_has_its_pipeline(bucket, tmp_path):
     succeeded(export(bucket, "flow", tmp_path / "out"))
     _, seen = told(tmp_path / "out")
     assert type(seen["pipeline"].scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_a_condition_image_is_exported_with_its_loop(bucket, tmp_path):
+    """diffusers draws from the card's loop, with noise of ours, what `ddpm.load` draws from a picture."""
+    conditioned = {"condition__derive": "downscale:4", "sample__clip": "false", "sample__steps": "5"}
+    train(bucket, "sr4", settings(model__num_classes="0", **conditioned))
+    succeeded(export(bucket, "sr4", tmp_path / "out"))
+    assert "model_index.json" not in files_in(tmp_path / "out")
+    x = torch.linspace(-1, 1, 3 * 16).view(1, 3, 4, 4).add(1).mul(127.5).round() / 127.5 - 1
+    picture = Image.fromarray(((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "small.png")
+    model = ddpm.load(tmp_path / "out")
+    ours = model.sample(4, condition=tmp_path / "small.png", steps=5, as_tensor=True)
+    noise = model.noise_of(torch.arange(4))(0)
+    condition = torch.nn.functional.interpolate(x, (16, 16), mode="bicubic", antialias=True).clamp(-1, 1)
+    seen = {"noise": noise, "condition_": condition.expand(4, -1, -1, -1)}
+    _, seen = told(
+        tmp_path / "out",
+        seen=seen,
+        **{"torch.randn(4, 3, 16, 16)": "noise", "torch.zeros(4, 3, 16, 16)": "condition_"},
+    )
+    torch.testing.assert_close(ours, seen["images"].clamp(-1, 1), rtol=0, atol=0.02)
+    for run, sets in (("noisy", "condition__noise"),):
+        train(bucket, run, settings(**{sets: "0.3", "condition__derive": "downscale:4"}))
+        line = refused(export(bucket, run, tmp_path / run), Exit.BAD_REQUEST)
+        assert "UNet2DModel has no input for condition.noise" in line
 
 
 def test_killed_exports_resume(bucket, tmp_path):
