@@ -64,7 +64,8 @@ class Conditions:
         told, settings = self.chosen(seeds), self.config.condition
         if self.first is not None:
             # Rounded as in a file: the result is that of two commands.
-            x, size = in_range(figures.to_pixels(self.first(seeds), self.config.data.bits), self.device), self.config.image_size
+            drawn, size = figures.to_pixels(self.first(seeds), self.config.data.bits), self.config.image_size
+            x = in_range(drawn, self.device)
             small = settings.small_size(size)
             x = x if x.shape[2:] == small.shape else resampled(x, *small.shape)
             told = told._replace(image=of_pictures(settings.derive, x, size, self.hidden))
