@@ -31,7 +31,7 @@ from ddpm.image_size import ImageSize
 from ddpm.memory import Fitting
 from job.coordination.pieces import Advance, Made, PieceRecord
 from job.data import shards
-from job.data.codecs import codec_versions, encode
+from job.data.codecs import codec_versions, encode_npy
 from job.data.making import Packing, check_absent, make_dataset
 from job.data.pack_request import EncodeRequest
 from job.data.reading.cache import ImageCache
@@ -227,7 +227,7 @@ class _Encoding(Packing):
             labels, vectors = self._images.labels(some).tolist(), self._images.numbers(some).tolist()
             for image, one, label, vector in zip(some.tolist(), moments, labels, vectors, strict=True):
                 numbers = dict(zip(self._source.vector_names, vector, strict=True))
-                writer.add(f"{image:09d}", encode(one.transpose(1, 2, 0)), label, "npy", numbers)
+                writer.add(f"{image:09d}", encode_npy(one), label, "npy", numbers)
             mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
             sums += mean.sum(axis=(0, 2, 3))
             squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))

@@ -307,7 +307,9 @@ class SampleSetConfig(SamplerConfig):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of it all."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        # A field that says nothing of 8 bits must not give their sets another name.
+        unsaid = {"bits", "levels"} if self.bits == 8 else set()
+        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
 
     def seeds(self, number: int) -> range:
         """Returns the seeds of a piece."""
@@ -379,7 +381,8 @@ class Reference(RecordPart):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of it all."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        unsaid = set() if self.view else {"view"}
+        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"

@@ -49,7 +49,7 @@ MEANINGLESS = [
     ("data pack x celeba --size 96x64", 64, "not of the shape of 96x64: use center, or 25,57,128,85"),
     ("data pack x a --size 8 --crop middle", 64, "--crop 'middle' … center"),
     ("data pack x a --size 8 --filter cubic", 64, "'cubic' … lanczos, bicubic"),
-    ("data pack x a --size 8 --channels 2", 64, "2 channels … 3 for colour or 1 for grey"),
+    ("data pack x a --size 8 --channels 17", 64, "17 channels … 3 for colour, 1 for grey"),
     ("data show a -o sheet.jpg", 64, "sheet.jpg … ends in .png"),
     ("figure noising --dataset a --schedule sine", 64, "--schedule 'sine' … linear, scaled_linear"),
     ("figure noising --dataset a --timesteps 1000", 64, "1000 is not in 0 to 999"),

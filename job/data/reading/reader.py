@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from job.data.codecs import codec_versions, decode
+from job.data.codecs import codec_versions, decode, decode_npy
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.data.reading.order import Int64s, Order
 from job.data.shards import DatasetIndex, Record, image_hash, offsets_dtype
@@ -171,6 +171,8 @@ class ImageCache:
     def _decoded(self, encoded: bytes, channels: int) -> npt.NDArray[Any]:
         if self._recipe is not None:
             return prepare(encoded, replace(self._recipe, channels=channels))
+        if self.index.encoding:
+            return decode_npy(encoded, (channels, *self.index.size.shape), self.index.dtype).transpose(1, 2, 0)
         return decode(encoded, (*self.index.size.shape, channels), self.index.dtype)
 
     def labels(self, indices: Int64s) -> Int64s:

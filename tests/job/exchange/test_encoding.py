@@ -100,7 +100,7 @@ def test_latents_are_the_autoencoders(bucket, autoencoder):
     theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
     paths = [str(bucket / KEY / shard.name) for shard in index.shards]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
-    stored = np.stack([sample["npy"] for sample in samples]).transpose(0, 3, 1, 2)
+    stored = np.stack([sample["npy"] for sample in samples])
     ours = torch.from_numpy(stored).float()
     assert (ours - theirs).abs().max() < 2e-3
     assert [sample["cls"] for sample in samples[:3]] == ImageCache(store, index).labels(np.arange(3)).tolist()
