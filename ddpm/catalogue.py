@@ -571,8 +571,9 @@ class Metric:
     """Its name with another network than Inception, if that name belongs to Inception alone."""
     scores: tuple[str, ...] = ()
     """The names of its numbers, if it has several."""
-    of: Literal["features", "logits", "likelihood"] = "features"
-    """Its input: features of samples and real images, logits of samples, or the network of the run itself."""
+    of: Literal["features", "logits", "likelihood", "pairs"] = "features"
+    """Its input: features of samples and real images, logits of samples, the network of the run itself, or samples and
+    the images whose conditions they have."""
 
 
 METRICS = {
@@ -584,6 +585,11 @@ METRICS = {
     ),
     "mind": Metric("3 D times the squared sliced Wasserstein distance (Berthet et al. 2026)", "md"),
     "is": Metric("inception score, of networks that have classes (Salimans et al. 2016)", "cs", of="logits"),
+    "paired": Metric(
+        "PSNR, SSIM (Wang et al. 2004), and the error of the sample's condition (SR3; Saharia et al. 2021)",
+        scores=("psnr", "ssim", "consistency"),
+        of="pairs",
+    ),
     "bpd": Metric("variational bound in bits per dimension (Ho et al. 2020)", of="likelihood"),
 }
 

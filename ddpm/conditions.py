@@ -53,7 +53,7 @@ def derived(derive: str, x: Tensor, seed: int, image_numbers: Tensor) -> Tensor:
         red, green, blue = (x[:, place : place + 1] * weight for place, weight in enumerate(LUMA))
         return red + green + blue
     if kind == "blur":
-        return _filtered(_filtered(x, 2, x.shape[2], float(value)), 3, x.shape[3], float(value))
+        return blurred(x, float(value))
     if kind == "jpeg":
         return _jpeg(x, int(value))
     if kind == "noise":
@@ -94,6 +94,11 @@ def of_pictures(derive: str, x: Tensor, size: ImageSize, hidden: Tensor | None =
     if hidden is not None:
         return masked(x, hidden)
     return derived(derive, x, 0, torch.arange(len(x))) if kind in ("grey", "mask") else x
+
+
+def blurred(x: Tensor, deviation: float) -> Tensor:
+    """Returns images [B, C, H, W] after a Gaussian blur of this deviation in pixels, over 3 deviations at least."""
+    return _filtered(_filtered(x, 2, x.shape[2], deviation), 3, x.shape[3], deviation)
 
 
 def resampled(x: Tensor, height: int, width: int) -> Tensor:

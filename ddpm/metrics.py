@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm.conditions import blurred
+
 KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1000
 """Bińkowski et al. 2018, with the numbers of most implementations."""
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -115,6 +117,23 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
     found = isc_features_to_metric(logits)
     return found["inception_score_mean"], found["inception_score_std"]
+
+
+def paired(images: Tensor, truth: Tensor) -> Tensor:
+    """Returns PSNR in dB and SSIM of images and their true images, [B, C, H, W] in [-1, 1]; float32 [B, 2].
+
+    SSIM has Wang et al. 2004's Gaussian of deviation 1.5 over 11×11 pixels, K_1 = 0.01 and K_2 = 0.03. Its mean is over
+    the places where the Gaussian lies in the image, and over the channels.
+    """
+    error = (images - truth).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    mean, mean_too, square, square_too, product = (
+        blurred(each, 1.5) for each in (images, truth, images.square(), truth.square(), images * truth)
+    )
+    covariance, variances = product - mean * mean_too, square - mean.square() + square_too - mean_too.square()
+    luminance = (2 * mean * mean_too + 0.02**2) / (mean.square() + mean_too.square() + 0.02**2)
+    similarity = luminance * (2 * covariance + 0.06**2) / (variances + 0.06**2)
+    whole = similarity[..., 5:-5, 5:-5] if min(images.shape[2:]) > 10 else similarity
+    return torch.stack([10 * (4 / error).log10(), whole.mean(dim=(1, 2, 3))], dim=1)
 
 
 COMPARISONS: dict[str, Callable[[Tensor, Tensor], Any]] = {"fid": fid, "kid": kid, "prdc": prdc, "mind": mind}

@@ -93,7 +93,12 @@ def _is_scored(plan: EvaluatePlan, todo: list[Evaluation], painter: Painter, sam
             seeds = one.sample_set.config.seeds(piece)
             return painter.sample_batches(seeds, sampling, of_run.config.sample.batch_size, advance)
 
-        _make_features(one.features, sampled, extract, one.sample_set.name, ranks)
+        def compared(piece: int, images: np.ndarray, one: Evaluation = one) -> Named:
+            seeds = one.sample_set.config.seeds(piece)
+            scores = painter.conditions.scores(seeds, images) if painter.conditions else None
+            return {} if scores is None else {"paired": scores}
+
+        _make_features(one.features, sampled, extract, one.sample_set.name, ranks, compared)
     both = [reference_features(of_run, plan.reference), *(one.features for one in todo)]
     if missing := ranks.on_main(lambda: sum(len(features.missing()) for features in both)):
         others = f"{missing:,} pieces are to come from other machines; {IF_NONE_RUNS}"
@@ -150,13 +155,19 @@ def _make_features(
     extract: ExtractorFunction,
     title: str,
     ranks: Ranks,
+    compared: Callable[[int, np.ndarray], Named] = lambda piece, images: {},
 ) -> None:
-    """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective."""
+    """Makes the missing features of a set of images; `images_of` yields those of a piece in batches. Collective.
+
+    `compared` returns further values of the images of a piece, [n, …].
+    """
     fitting, seen = Fitting(), partial(features_of, extract, device=ranks.device)
 
     def make(piece: int, advance: Advance) -> Made:
-        parts = [part for images in images_of(piece, advance) for part in fitting.in_parts(seen, images)]
-        return features.made(piece, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        batches = [*images_of(piece, advance)]
+        parts = [part for images in batches for part in fitting.in_parts(seen, images)]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return features.made(piece, found | compared(piece, np.concatenate(batches)))
 
     features.make_missing(make, title, stop=ranks.stop, ranks=ranks)
 
@@ -201,6 +212,11 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
         # The inception score grows with the number of images, so both sides get the same number.
         for scores, logits in ((values, samples["logits"]), (floor, real["logits"][: floor_images[0]])):
             scores["is"], scores["is_std"] = metrics.inception_score(logits)
+    if "paired" in samples:
+        # A derivation that is random has no consistency.
+        psnr, ssim, error, psnr_before, ssim_before = samples["paired"].double().mean(dim=0).tolist()
+        values |= {"psnr": psnr, "ssim": ssim} | ({"consistency": error} if error == error else {})
+        floor |= {"psnr": psnr_before, "ssim": ssim_before}
     if bound[0] is not None:
         values["bpd"] = bound[0]
     record = Scores(
@@ -268,6 +284,8 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         if "bpd" in first.values and "bpd" in chosen:
             kind = "held-out images" if first.held_out else "training images"
             lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind})")
+        if "psnr" in first.values and "paired" in chosen:
+            lines.append("(psnr, ssim: on the right those of the condition image itself, such as bicubic)")
         if any(" ± " in line for line in lines):
             over = f"{len(found)} sets of seeds" if len(found) > 1 else "parts of one set"
             lines.append(f"(± is the deviation over {over})")

@@ -347,7 +347,7 @@ def score_name(score: str, extractor: str) -> str:
     """Returns the name of a score by its network: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
     name = score.removesuffix("_std")
     metric = METRICS.get(name, Metric(""))
-    if extractor == "inception" or metric.of == "likelihood":
+    if extractor == "inception" or metric.of == "likelihood" or name in METRICS["paired"].scores:
         return score
     return f"{metric.elsewhere or name}{score.removeprefix(name)}-{extractor}"
 

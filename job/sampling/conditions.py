@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import figures
+from ddpm import figures, metrics
 from ddpm.augment import in_unit_range
-from ddpm.conditions import Vectors, in_turn, learnt, of_pictures, resampled, with_flag
+from ddpm.conditions import Vectors, derived, in_turn, learnt, of_pictures, resampled, with_flag
 from ddpm.objective import UNCONDITIONAL, Condition
 from job.config import RunConfig
 from job.data.reading.cache import ImageCache, open_cache
@@ -87,6 +88,27 @@ class Conditions:
         if self.images is not None:
             found["truth"] = self.images.read(np.array(seeds) % self.images.index.images)
         return found
+
+    def scores(self, seeds: Sequence[int], images: np.ndarray) -> Tensor | None:
+        """Compares samples, uint8 [n, H, W, C], with the images whose condition images they have.
+
+        Returns:
+            PSNR and SSIM, the mean squared error of the condition made from the sample for values from 0 to 1, and PSNR
+            and SSIM of the condition itself, float32 [n, 5]; None without condition images of a dataset.
+        """
+        if self.images is None or not self.config.condition.channels:
+            return None
+        numbers, samples = torch.tensor(seeds, dtype=torch.int64), in_range(images, self.device)
+        truth, condition = in_range(self.beside(seeds)["truth"], self.device), self.given(numbers.to(self.device)).image
+        assert condition is not None
+        # A condition of another number of channels is compared by its first one.
+        channels = truth.shape[1] if condition.shape[1] >= truth.shape[1] else 1
+        itself = condition[:, :channels].expand_as(truth)
+        error, derive = torch.full((len(samples), 1), math.nan, device=self.device), self.config.condition.derive
+        if derive and not derive.startswith("noise"):
+            again = derived(derive, samples, SEED, numbers % self.images.index.images)
+            error = (again - condition).square().mean(dim=(1, 2, 3))[:, None] / 4
+        return torch.cat([metrics.paired(samples, truth), error, metrics.paired(itself, truth)], dim=1).cpu()
 
 
 def in_range(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from scipy.ndimage import gaussian_filter
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from ddpm import metrics
@@ -38,6 +39,27 @@ def test_sums_are_independent_of_the_parts(monkeypatch):
     monkeypatch.setattr(metrics, "_CHUNK", 7)
     for in_parts, at_once in zip(metrics.moments(features(1000, 0)), whole, strict=True):
         np.testing.assert_allclose(in_parts, at_once, rtol=1e-12, atol=1e-10)
+
+
+def test_paired_scores_are_those_of_scipys_filters():
+    """SSIM as in scikit-image with Gaussian weights: scipy's filter ends at 3.5 deviations, that is at 5 pixels."""
+    generator = np.random.default_rng(0)
+    truth = generator.uniform(-1, 1, (3, 2, 20, 24)).astype(np.float32)
+    images = np.clip(truth + generator.normal(0, [[[[0.05]]], [[[0.3]]], [[[0.0]]]], truth.shape), -1, 1).astype("f4")
+    found = metrics.paired(torch.from_numpy(images), torch.from_numpy(truth))
+    for image, other, (psnr, ssim) in zip(images.astype(float), truth.astype(float), found.tolist(), strict=True):
+        error = ((image - other) ** 2).mean()
+        assert psnr == pytest.approx(10 * np.log10(4 / max(error, 1e-10)), abs=1e-3)
+
+        def mean(values):
+            return gaussian_filter(values, 1.5, truncate=3.5, axes=(1, 2))[:, 5:-5, 5:-5]
+
+        a, b, covariance = mean(image), mean(other), mean(image * other) - mean(image) * mean(other)
+        variances = mean(image**2) - a**2 + mean(other**2) - b**2
+        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+        expected = (2 * a * b + c1) * (2 * covariance + c2) / ((a**2 + b**2 + c1) * (variances + c2))
+        assert ssim == pytest.approx(expected.mean(), abs=1e-4)
+    assert found[2, 1].item() == pytest.approx(1)
 
 
 def test_kid_is_unbiased():

@@ -205,7 +205,7 @@ def test_every_key_has_its_values():
 
 def test_keys_and_names_are_whole_however_narrow_the_terminal_is(bucket):
     keys_listed = list(asked("config", "--list", "train"))
-    assert len(keys_listed) == 19 and all(key.startswith("train") for key in keys_listed)
+    assert len(keys_listed) == 20 and all(key.startswith("train") for key in keys_listed)
     of_adam = ["train.adam_betas", "train.adam_eps"]
     assert list(asked("config", "--list", "train.adam")) == list(asked("config", "train.adam")) == of_adam
     said = "no key begins with 'trian'; did you mean 'train'? (preset, imported, data, model, "

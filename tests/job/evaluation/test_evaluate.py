@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from importlib import resources
+from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from ddpm import metrics
+from job.data.reading.cache import ImageCache
 from job.data.shards import load_index
 from job.evaluation import evaluate, evaluation_plan
 from job.evaluation.evaluate import features_of
@@ -75,6 +77,32 @@ def test_scores_come_with_their_protocol(bucket):
     (folder,) = bucket.glob("datasets/tiles-16/references/*")
     assert folder.name.startswith("mobilenet-32-")
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
+
+
+def test_samples_are_compared_with_the_images_of_their_conditions(bucket, tmp_path):
+    """By hand, from the same samples as files: PSNR, also of bicubic, and the error of the small image."""
+    copy, about = shutil.copytree(bucket, tmp_path / "bucket"), ("--run", "sr4", "--bucket", tmp_path / "bucket")
+    words = settings(model__num_classes="0", condition__derive="downscale:4")
+    succeeded(ddpm_here("train", "--dataset", "tiles", *about, "--epochs", 1, *words))
+    said = succeeded(ddpm_here("evaluate", *about, *FEW))
+    (found,) = scores(copy, "sr4").values()
+    index = succeeded(ddpm_here("sample", *about, "--count", 24, "--save", "png")).split()[0]
+    samples = [np.asarray(Image.open(path)) for path in sorted(Path(index).parent.rglob("piece-*/*.png"))]
+    store = open_store(str(copy))
+    truth = ImageCache(store, load_index(store, "datasets/tiles-16")).read(np.arange(24))
+    psnr, before, error = [], [], []
+    for sample, true in zip(samples, truth, strict=True):
+        small = [Image.fromarray(one).resize((4, 4), Image.Resampling.BICUBIC) for one in (sample, true)]
+        large, large_too = (one.resize((16, 16), Image.Resampling.BICUBIC) for one in small)
+        for scored, one in ((psnr, sample), (before, np.asarray(large_too))):
+            scored.append(10 * np.log10(255**2 / ((one.astype(float) - true) ** 2).mean()))
+        error.append(((np.asarray(large).astype(float) - np.asarray(large_too)) ** 2).mean() / 255**2)
+    assert found["values"]["psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert found["floor"]["psnr"] == pytest.approx(np.mean(before), abs=0.05)
+    assert found["values"]["consistency"] == pytest.approx(np.mean(error), rel=0.05)
+    (line,) = [line.split() for line in said.splitlines() if line.startswith("psnr")]
+    assert line[1:] == [f"{found['values']['psnr']:.4g}", f"{found['floor']['psnr']:.4g}"]
+    assert "on the right those of the condition image itself, such as bicubic" in said
 
 
 def test_a_cpu_scores_fewer_images(bucket, tmp_path, monkeypatch):
