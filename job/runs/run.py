@@ -307,9 +307,7 @@ class SampleSetConfig(SamplerConfig):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of it all."""
-        # A field that says nothing of 8 bits must not give their sets another name.
-        unsaid = {"bits", "levels"} if self.bits == 8 else set()
-        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def seeds(self, number: int) -> range:
         """Returns the seeds of a piece."""
@@ -381,8 +379,7 @@ class Reference(RecordPart):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of it all."""
-        unsaid = set() if self.view else {"view"}
-        return hashlib.sha256(self.model_dump_json(exclude=unsaid).encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"
