@@ -32,6 +32,8 @@ from torch import Tensor
 from benchmarks.measuring import Lines, lines_png
 from benchmarks.solvers import most_steps
 from ddpm import training
+from ddpm.catalogue import STAGES
+from ddpm.consistency import stage_at
 from ddpm.grids import find_grid, numbered_points
 from ddpm.model import Sampling, generate, make_denoiser, noise_of
 from ddpm.samplers import beginning
@@ -44,6 +46,8 @@ REFERENCE = 2000
 """The number of held-out images for the comparison."""
 EVALUATIONS = (5, 10, 20, 50)
 IMAGES = Path("/usr/share/datasets/fashion-mnist")
+IMAGES_PER_SECOND = 60
+"""About as many the tuning sees; they decide the length of its stages."""
 DDIM = Sampling("ddim", STEPS, "trailing")
 Draw = Callable[[int], Tensor]
 """Takes a number of images, and returns them: float32 [n, 1, 28, 28] in [-1, 1]."""
@@ -59,7 +63,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=IMAGES, help="folder with train- and t10k-images-idx3-ubyte.gz")
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
     parser.add_argument("--set", action="append", default=[], help="change one setting of ours, key=value")
+    parser.add_argument("--few-set", action="append", default=[], help="change one setting of the tuning, key=value")
     parser.add_argument("--samplers", action="store_true", help="also sample ours by sampler and evaluations")
+    parser.add_argument("--few", type=float, default=0, help="processor time to tune ours for one or two evaluations")
     parser.add_argument("--output", type=Path, default=None, help="folder for the JSON and the plot")
     asked = parser.parse_args(words)
     learnt, unseen = chosen_images(asked.data, asked.images, asked.seed), real_images(asked.data, "t10k")
@@ -100,6 +106,8 @@ def compete(
     draw, images_seen = CONTESTANTS[contestant](learnt, asked)
     about = {"images_seen": images_seen, "processor_seconds": round(time.process_time() - began, 1)}
     drawn = {"": _pixels(draw, asked.draw)}
+    if asked.few and isinstance(draw, Ours):
+        drawn |= in_few_steps(draw, learnt, asked)
     if asked.samplers and isinstance(draw, Ours):
         for sampler, n, way in draw.ways():
             drawn[f"{sampler} {n}"] = _pixels(partial(draw, sampling=way), asked.draw)
@@ -161,6 +169,7 @@ class Ours:
 
     def __init__(self, network: torch.nn.Module, config: RunConfig) -> None:
         self.process, self._seeds = method.process_of(config), count(0)
+        self.network, self.config = network, config
         self._denoise = make_denoiser(network.eval(), self.process, method.prediction_of(config))
 
     def __call__(self, images: int, sampling: Sampling = DDIM) -> Tensor:
@@ -199,10 +208,14 @@ def ours(learnt: np.ndarray, asked: argparse.Namespace, settings: dict[str, Any]
     """Trains ours with these settings, and those of `--set`."""
     of_data = {"data.size": SIZE, "data.channels": 1, "model.num_classes": 0, "train.seed": asked.seed}
     config = draft(EMBEDDED, of_data | settings | parse_sets(tuple(asked.set)))
+    return trained(method.build_network(config, torch.device("cpu")), config, learnt, asked.seconds)
+
+
+def trained(network: torch.nn.Module, config: RunConfig, learnt: np.ndarray, seconds: float) -> tuple[Ours, int]:
+    """Trains a network for some processor time; returns its average, and how many images it has seen."""
     loop, objective, cpu = method.settings_of(config), method.objective_of(config), torch.device("cpu")
-    network = method.build_network(config, cpu)
     state = method.initial_state(network, config)
-    order, ends = Order((len(learnt),), asked.seed), time.process_time() + asked.seconds
+    order, ends = Order((len(learnt),), config.train.seed), time.process_time() + seconds
 
     def batches() -> Iterator[SimpleNamespace]:
         for first in count(0, config.train.batch_size):
@@ -215,6 +228,26 @@ def ours(learnt: np.ndarray, asked: argparse.Namespace, settings: dict[str, Any]
     training.train(state, network, batches(), objective, settings=loop, accelerator=accelerator, hooks=hooks)
     state.averages[config.sample.weights].copy_to(network)
     return Ours(network, config), state.images_seen
+
+
+def in_few_steps(parent: Ours, learnt: np.ndarray, asked: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Tunes a network by consistency; returns its samples, and those of the parent, by evaluations of the network."""
+    drawn, images = {}, max(1, int(asked.few * IMAGES_PER_SECOND))
+    for n in (1, 2, 4, 10):
+        began = time.process_time()
+        drawn[f"parent, unipc {n}"] = _pixels(partial(parent, sampling=Sampling("unipc", n, order=2)), asked.draw)
+        print(f"parent, unipc {n}: {asked.draw / (time.process_time() - began):.1f} images/s", flush=True)
+    tuning = {"diffusion.objective": "consistency", "consistency.stage_images": -(-images // STAGES)}
+    tuning |= parse_sets(asked.few_set)
+    config = parent.config.updated(tuning)
+    student, seen = trained(parent.network.train(), config, learnt, asked.few)
+    print(f"tuned with {seen:,} images, in stage {stage_at(config.consistency, seen) + 1} of {STAGES}", flush=True)
+    for n in (1, 2):
+        began = time.process_time()
+        way = Sampling("consistency", n, "renoise")
+        drawn[f"tuned, consistency {n}"] = _pixels(partial(student, sampling=way), asked.draw)
+        print(f"tuned, consistency {n}: {asked.draw / (time.process_time() - began):.1f} images/s", flush=True)
+    return drawn
 
 
 def diffusers(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:

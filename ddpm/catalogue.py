@@ -194,15 +194,19 @@ STAGES = 8
 
 @dataclass(frozen=True)
 class Consistency:
-    """The two points of `diffusion.objective=consistency`, as in the code of Geng et al. 2024 (ECT)."""
+    """The two points of `diffusion.objective=consistency`.
+
+    The defaults suit minutes on small images (`benchmarks/RESULTS.md`). Geng et al. 2024 tune CIFAR-10 with a factor of
+    2, a mean of -1.1, a deviation of 2 and c = 0.
+    """
 
     stage_images: Annotated[Count | None, "images until the points move together; null: an eighth of the run"] = None
     factor: Annotated[
         float, Interval(gt=1, le=64), "factor by which their distance shrinks in each of the eight stages"
-    ] = 2.0
-    draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha) of the noisier point"] = -1.1
-    draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha)"] = 2.0
-    huber: Annotated[Positive, "c of the pseudo-Huber distance, for images in [-1, 1]"] = 0.0001
+    ] = 1.5
+    draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha) of the noisier point"] = 0.0
+    draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha)"] = 1.6
+    huber: Annotated[Positive, "c of the pseudo-Huber distance, for images in [-1, 1]"] = 0.03
 
 
 @dataclass(frozen=True)

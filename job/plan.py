@@ -241,10 +241,14 @@ def plan_run(
 
 
 def _in_few_steps(config: RunConfig, index: DatasetIndex) -> dict[str, Any]:
-    """Returns the settings of a new run that learns to sample in few steps: those of its parent are for many."""
+    """Returns the settings of a new run that learns to sample in few steps: those of its parent are for many.
+
+    At the rate of the parent a network forgets more than it learns.
+    """
     images = images_at_epoch(config.train.epochs, index.images, config.train.batch_size)
     sampling = {"sample.sampler": "consistency", "sample.grid": "renoise", "sample.steps": 2}
-    return sampling | {"consistency.stage_images": max(1, images // catalogue.STAGES)}
+    rate = {"train.learning_rate": config.train.learning_rate / 6}
+    return sampling | rate | {"consistency.stage_images": max(1, images // catalogue.STAGES)}
 
 
 def check_sampling(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from tests.ddpm.known import build, no_noise, normal
 
 IMAGES, SEED = 6, 3
 COSINE = Diffusion("cosine")
-STAGED = Consistency(stage_images=12, huber=0.01)
+STAGED = Consistency(stage_images=12, factor=2.0, draws_mean=-1.1, draws_std=2.0, huber=0.01)
 
 
 def objective(schedule: str, prediction: str, tuning: Consistency = STAGED) -> ConsistencyObjective:
@@ -136,7 +136,7 @@ def mixture(seed: int, images: int) -> torch.Tensor:
 def test_one_step_ends_where_the_flow_ends(schedule: str, prediction: str) -> None:
     """Nine peaks: the jump from noise leads to the end of the exact trajectory, and nearer to it with training."""
     steps, batch_images = 3000, 512
-    tuning = Consistency(stage_images=steps * batch_images // 8, huber=0.1, draws_mean=-0.5)
+    tuning = Consistency(stage_images=steps * batch_images // 8, factor=2.0, draws_mean=-0.5, draws_std=2.0, huber=0.1)
     tuned, data = objective(schedule, prediction, tuning), Mixture()
     torch.manual_seed(0)
     network = Small(1.0 if schedule == "edm" else 0.003)
