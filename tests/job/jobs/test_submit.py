@@ -63,7 +63,9 @@ def test_every_option_survives(kind):
             value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
             value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
             value = option.choices[-1] if option.choices and takes is str else value
-            value = {"checkpoints": "30,80", "metrics": "fid,kid"}[each.name] if option.pattern else value
+            value = (
+                {"checkpoints": "30,80", "metrics": "fid,kid", "then": "sr-64"}[each.name] if option.pattern else value
+            )
             request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
             again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
             assert getattr(again, field) == getattr(request, field), each.name
