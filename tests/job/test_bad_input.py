@@ -115,6 +115,8 @@ SETTINGS = [
     ("data.order=feistel-1", "data.order is set by the program"),
     ("quite.something.else=1", "sections: data, model"),
     ("train.seed=2020-99-99", "not valid YAML"),
+    ("diffusion.objective=consistency diffusion.self_conditioning=on",
+     "diffusion.objective=consistency compares estimates of the image alone: not self_conditioning=true"),
     ("train.shard_optimizer=on", "train.shard_optimizer=true needs … slots … set train.exact=true"),
     ("sample.steps=5000", "sample.steps=5000 … diffusion.timesteps=1000"),
 ]  # fmt: skip

@@ -20,7 +20,8 @@ from ddpm import catalogue
 from job.config import draft
 from job.config.method import build_network
 from job.exits import Exit
-from job.runs.checkpoints import Manifest
+from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest
+from job.runs.metric_rows import read_rows
 from job.store import open_store
 from tests.job.command_line import ddpm_here, ran, refused, settings, succeeded
 from tests.job.runs.leased import copy_objects
@@ -303,3 +304,23 @@ def test_a_resumed_child_is_bit_equal(bucket):
     for group in ("model", "ema", "ema-0.1"):
         assert unequal(given, weights(bucket, "whole", 312, group)) == given.keys() - frozen
     assert not any(name.endswith(tuple(frozen)) for name in weights(bucket, "whole", 312, "optimizer"))
+
+
+@pytest.mark.slow
+def test_a_child_learns_to_sample_in_few_steps(bucket):
+    """Its sampler, rate and stages follow from the objective; the stages keep their length in a longer run."""
+    few = "diffusion.objective=consistency log.every_images=24 data.flip=true"
+    succeeded(child(bucket, sets=few))
+    ours, theirs = config_of(bucket), config_of(bucket, "walk")
+    assert [ours["sample"][key] for key in ("sampler", "grid", "steps")] == ["consistency", "renoise", 2]
+    assert ours["train"]["learning_rate"] == pytest.approx(theirs["train"]["learning_rate"] / 6)
+    assert ours["consistency"]["stage_images"] == 312 // 8
+    assert (bucket / "runs/child/samples/epoch-0001-consistency-2.png").exists()
+    assert '"stage"' in (bucket / "runs/child/report.html").read_text()
+    said = refused(child(bucket, sets="diffusion.objective=denoising", epochs=2), Exit.BAD_CONFIG)
+    assert "diffusion.objective: the run has consistency, asked for denoising" in said
+    succeeded(child(bucket, epochs=2))
+    run = open_store(str(bucket)).sub("runs/child")
+    rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, pytest.fail)
+    stages = {row["images_seen"]: row["stage"] for row in rows if "stage" in row}
+    assert stages == {seen: min((seen - 24) // 39, 7) + 1 for seen in range(24, 601, 24)}
