@@ -46,7 +46,7 @@ REFERENCE = 2000
 """The number of held-out images for the comparison."""
 EVALUATIONS = (5, 10, 20, 50)
 IMAGES = Path("/usr/share/datasets/fashion-mnist")
-IMAGES_PER_SECOND = 60
+IMAGES_PER_SECOND = 80
 """About as many the tuning sees; they decide the length of its stages."""
 DDIM = Sampling("ddim", STEPS, "trailing")
 Draw = Callable[[int], Tensor]
@@ -238,7 +238,7 @@ def in_few_steps(parent: Ours, learnt: np.ndarray, asked: argparse.Namespace) ->
         drawn[f"parent, unipc {n}"] = _pixels(partial(parent, sampling=Sampling("unipc", n, order=2)), asked.draw)
         print(f"parent, unipc {n}: {asked.draw / (time.process_time() - began):.1f} images/s", flush=True)
     tuning = {"diffusion.objective": "consistency", "consistency.stage_images": -(-images // STAGES)}
-    tuning |= parse_sets(asked.few_set)
+    tuning |= {"train.learning_rate": parent.config.train.learning_rate / 6} | parse_sets(asked.few_set)
     config = parent.config.updated(tuning)
     student, seen = trained(parent.network.train(), config, learnt, asked.few)
     print(f"tuned with {seen:,} images, in stage {stage_at(config.consistency, seen) + 1} of {STAGES}", flush=True)
