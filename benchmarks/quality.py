@@ -211,8 +211,13 @@ def ours(learnt: np.ndarray, asked: argparse.Namespace, settings: dict[str, Any]
     return trained(method.build_network(config, torch.device("cpu")), config, learnt, asked.seconds)
 
 
-def trained(network: torch.nn.Module, config: RunConfig, learnt: np.ndarray, seconds: float) -> tuple[Ours, int]:
-    """Trains a network for some processor time; returns its average, and how many images it has seen."""
+def trained(
+    network: torch.nn.Module, config: RunConfig, learnt: np.ndarray, seconds: float, vectors: Tensor | None = None
+) -> tuple[Ours, int]:
+    """Trains a network for some processor time; returns its average, and how many images it has seen.
+
+    The images, uint8 [n, 28, 28], may have normalised condition vectors, float32 [n, k].
+    """
     loop, objective, cpu = method.settings_of(config), method.objective_of(config), torch.device("cpu")
     state = method.initial_state(network, config)
     order, ends = Order((len(learnt),), config.train.seed), time.process_time() + seconds
@@ -220,8 +225,10 @@ def trained(network: torch.nn.Module, config: RunConfig, learnt: np.ndarray, sec
     def batches() -> Iterator[SimpleNamespace]:
         for first in count(0, config.train.batch_size):
             numbers = np.arange(first, first + config.train.batch_size)
-            pixels = torch.from_numpy(learnt[order.indices(numbers)])[:, None]
-            yield SimpleNamespace(image_numbers=numbers, images=pixels, labels=None)
+            chosen = order.indices(numbers)
+            vectors_of = None if vectors is None else vectors[chosen]
+            pixels = torch.from_numpy(learnt[chosen])[:, None]
+            yield SimpleNamespace(image_numbers=numbers, images=pixels, labels=None, vectors=vectors_of)
 
     accelerator = SimpleNamespace(device=cpu, num_processes=1, backward=Tensor.backward)
     hooks = training.Hooks(lambda state: time.process_time() > ends)

@@ -200,8 +200,14 @@ class Vectors:
 
 
 def read_pictures(pictures: Sequence[Picture], channels: int, size: ImageSize) -> Tensor:
-    """Returns pictures or files of them at a size, float32 [n, C, H, W] in [-1, 1], for C = 1 (grey) or 3."""
-    opened = (one if isinstance(one, Image.Image) else Image.open(one) for one in pictures)
+    """Returns pictures or files of them at a size, float32 [n, C, H, W] in [-1, 1], for C = 1 (grey) or 3.
+
+    Raises:
+        ValueError: a picture has more than 8 bits, which Pillow would clip to white.
+    """
+    opened = [one if isinstance(one, Image.Image) else Image.open(one) for one in pictures]
+    if deep := [one.mode for one in opened if one.mode[0] in "IF"]:
+        raise ValueError(f"condition: a picture has more than 8 bits (mode {deep[0]}): scale it to 0 … 255, mode L")
     mode, shape = "L" if channels == 1 else "RGB", (size.width, size.height)
     pixels = [np.asarray(one.convert(mode).resize(shape, Image.Resampling.BICUBIC)) for one in opened]
     return torch.from_numpy(np.stack(pixels).reshape(-1, *size.shape, channels)).permute(0, 3, 1, 2).float() / 127.5 - 1

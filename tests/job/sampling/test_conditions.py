@@ -17,6 +17,7 @@ from job.exits import Exit
 from job.store import open_store
 from tests.job.command_line import ddpm_here, ran, refuses, settings, succeeded
 from tests.job.conftest import MadeOnce
+from tests.job.some_images import deep_png, folder_of
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,51 @@ def test_guidance_moves_away_from_no_condition(bucket: Path, tmp_path: Path) -> 
     plain, guided, by_condition, half = sampled
     assert np.abs(plain - guided).max() > 1 and np.abs(plain - half).max() > 1
     assert np.array_equal(guided, by_condition)
+
+
+def test_sixteen_bits_with_pairs_and_numbers_from_files_to_scores(tmp_path: Path) -> None:
+    """A sample has the values of the source, and depends on condition and vector; held-out pairs judge it."""
+    low, high, names = 300, 4095, [f"{number:02d}.png" for number in range(40)]
+    levels = np.random.default_rng(0).integers(low, high + 1, (40, 16, 16))
+    rows = ["file,a,b", *(f"{name},{number},{number % 7}" for number, name in enumerate(names))]
+    files = [(name, deep_png(image)) for name, image in zip(names, levels, strict=True)]
+    folder_of(tmp_path / "in", [*files, ("table.csv", "\n".join(rows).encode())])
+    others = folder_of(tmp_path / "other", [(name, deep_png(low + high - levels[n])) for n, name in enumerate(names)])
+    fields = ("--condition", others, "--vector", "table.csv:a,b", "--range", f"{low},{high}", "--hold-out", "20%")
+    ran("data", "pack", tmp_path / "in", "x", "--size", 16, *fields, "--bucket", tmp_path)
+    about = ("--run", "deep", "--bucket", tmp_path)
+    learning = {"train__learning_rate": "0.01", "train__warmup_images": "0", "train__batch_size": "8"}
+    ran("train", "--dataset", "x", *about, "--epochs", 4, *settings(model__num_classes="0", **learning))
+
+    # The files of held-out images give what these give without a word.
+    store = open_store(str(tmp_path))
+    held_out = ImageCache(store, load_index(store, "datasets/x-held-out-16")).numbers(np.arange(4)).astype(int)
+    paired = [(f"{place}.png", deep_png(low + high - levels[number])) for place, (number, _) in enumerate(held_out)]
+    folder_of(tmp_path / "same", paired)
+    folder_of(tmp_path / "other_one", files[:1])
+    np.savetxt(tmp_path / "rows.csv", held_out, "%d", ",", header="a,b", comments="")
+    same, vector = ("--condition", tmp_path / "same"), ("--vector", "1,2")
+    drawn = []
+    for told in (
+        (),
+        (*same, "--vectors", tmp_path / "rows.csv"),
+        (*same, *vector),
+        ("--condition", tmp_path / "other_one", *vector),
+    ):
+        index = Path(ran("sample", *about, *told, "--count", 4, "--save", "png").split()[0])
+        opened = [Image.open(path) for path in sorted(index.parent.rglob("piece-*/*.png"))]
+        assert [image.mode for image in opened] == ["I;16"] * 4
+        drawn.append(np.stack([np.asarray(image) for image in opened]).astype(int))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert all(np.abs(drawn[2] - other).max() > 4 for other in (drawn[1], drawn[3]))
+    every = np.stack(drawn)
+    assert low <= every.min() and 255 < every.max() <= high and len(np.unique(every)) > 256
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        job.load(tmp_path / "runs/deep").sample(condition=tmp_path / "other_one/00.png", vector=(1, 2), as_tensor=True)
+
+    said = ran("evaluate", *about, "--metrics", "paired", "--count", 12)
+    (psnr,) = [line.split()[1:] for line in said.splitlines() if line.startswith("psnr")]
+    assert len(psnr) == 2 and all(0 < float(each) < 30 for each in psnr)
 
 
 def test_conditions_that_cannot_be_are_refused(bucket: Path, tmp_path: Path) -> None:
