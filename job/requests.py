@@ -212,6 +212,7 @@ class SampleRequest(LaunchedOptions):
     vector: str = option(
         "--vector NUMBERS",
         "Numbers for a run with vectors, such as 35,0.5; a row from one to another, such as 20,0.5:60,0.5.",
+        pattern="[^:]+(:[^:]+)?",
     )
     vectors: str = option("--vectors FILE", "CSV file with a vector in each line; the seeds take them in turn.")
     then: str = option(
@@ -309,6 +310,9 @@ class SampleRequest(LaunchedOptions):
                 unfit[name] = f"is an option of --mode {modes}: leave it out, or choose one"
         if self.mode:
             unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
+        if self.then:
+            why = "does not go with --then, whose pictures show the last run alone: leave it out"
+            unfit |= dict.fromkeys(("mode", "gif", "nearest", "show"), why)
         if self.vector and self.vectors:
             unfit["vectors"] = "and --vector exclude each other: leave one out"
         if self.count is None and not (self.save and (self.condition or self.vectors)):

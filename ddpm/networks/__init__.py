@@ -8,7 +8,7 @@ from torch import nn
 
 from ddpm.catalogue import NETWORKS
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, Dropout
+from ddpm.networks.layers import Block, Dropout, Told
 
 
 def build(
@@ -51,15 +51,10 @@ def build(
         raise ValueError(f"unknown network {kind!r}: choose one of {', '.join(NETWORKS)}")
     if null_class and not num_classes:
         raise ValueError("null_class stands for none of the classes: set num_classes")
-    told = {
-        "augmentation_labels": augmentation_labels,
-        "condition_channels": condition_channels,
-        "vector_size": vector_size,
-        "condition_noise": condition_noise,
-    }
+    told = Told(augmentation_labels, condition_channels, vector_size, condition_noise)
     if NETWORKS[kind].takes_estimates:
-        options |= told
-    elif self_conditioning or any(told.values()):
+        options["told"] = told
+    elif self_conditioning or any(told):
         raise ValueError(f"the network {kind} takes t and the class alone, as its checkpoints do: choose unet")
     network: nn.Module = getattr(import_module(f"ddpm.networks.{kind}"), NETWORKS[kind].class_name)(
         image_size=image_size,

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
+    NOT_TOLD,
     Block,
     Dropout,
-    NumbersEmbedding,
+    Told,
+    ToldNetwork,
     attend,
     initialised,
     sinusoids,
-    with_images,
-    with_labels,
-    with_numbers,
 )
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -29,7 +28,7 @@ FREQUENCIES = 256
 """Width of the sinusoids of t."""
 
 
-class DiT(nn.Module):
+class DiT(ToldNetwork):
     """Transformer blocks whose normalisations depend on t and the class (section 3.2, adaLN-Zero)."""
 
     def __init__(
@@ -39,10 +38,7 @@ class DiT(nn.Module):
         in_channels: int,  # of all images that it takes
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
-        augmentation_labels: int = 0,  # 0: none
-        condition_channels: int = 0,  # of a condition image, among in_channels
-        vector_size: int = 0,  # numbers of a condition vector
-        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
+        told: Told = NOT_TOLD,
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -50,16 +46,12 @@ class DiT(nn.Module):
         size = ImageSize.of(image_size)
         chosen.check_size(size)
         width, patch_size = chosen.width, chosen.patch_size
-        self.in_channels, self.condition_channels = in_channels, condition_channels
         self.patch_size, self.rms_norm = patch_size, chosen.rms_norm
         self.head_width = width // chosen.heads if chosen.rope else 0
         self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
         self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
-        labels = augmentation_labels
-        self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
-        self.vector_embedding = NumbersEmbedding(vector_size, width) if vector_size else None
-        self.noise_embedding = NumbersEmbedding(1, width) if condition_noise else None
+        self._take(told, in_channels, width)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, chosen.heads, chosen.dropout, qk_norm=chosen.qk_norm, rms_norm=chosen.rms_norm)
             for _ in range(chosen.depth)
@@ -88,10 +80,9 @@ class DiT(nn.Module):
         features = sinusoids(t, FREQUENCIES).roll(FREQUENCIES // 2, dims=1).to(self.output.weight.dtype)
         of_time = self.linear_2(F.silu(self.linear_1(features)))
         # Every block projects the activated embedding: activate it once.
-        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding)
-        embedding = F.silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
+        embedding = F.silu(self._with_condition(of_time, condition, self.class_embedding))
 
-        patches = self.patches(with_images(x, condition, self.in_channels, self.condition_channels))
+        patches = self.patches(self._with_images(x, condition))
         rows, columns = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)
         is_usual = (rows, columns) == self.grid

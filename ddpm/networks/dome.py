@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
-from ddpm.networks.layers import Block, sinusoids, with_labels
+from ddpm.networks.layers import NOT_TOLD, Block, ToldNetwork, sinusoids
 from ddpm.objective import UNCONDITIONAL, Condition
 
 EMBEDDING_WIDTH = 256
 HEADS = 4
 
 
-class DomeUNet(nn.Module):
+class DomeUNet(ToldNetwork):
     """Attention at every size but the full one on the way down, and at every size but the smallest on the way up."""
 
     def __init__(
@@ -34,12 +34,13 @@ class DomeUNet(nn.Module):
         self.up3, self.sa6 = Up(128, 64), SelfAttention(64)
         self.outc = nn.Conv2d(64, out_channels, 1)
         self.label_emb = nn.Embedding(num_classes, EMBEDDING_WIDTH) if num_classes else None
+        self._take(NOT_TOLD, in_channels, EMBEDDING_WIDTH)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Maps x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         of_time = sinusoids(t, EMBEDDING_WIDTH).to(self.outc.weight.dtype)
         # Every level projects the activated embedding: activate it once.
-        embedding = F.silu(with_labels(of_time, condition, self.label_emb))
+        embedding = F.silu(self._with_condition(of_time, condition, self.label_emb))
         x1 = self.inc(x)
         x2 = self.sa1(self.down1(x1, embedding))
         x3 = self.sa2(self.down2(x2, embedding))

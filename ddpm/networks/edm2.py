@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
+    NOT_TOLD,
     Block,
     Dropout,
-    NumbersEmbedding,
+    Told,
+    ToldNetwork,
     attend,
     resized,
-    with_images,
-    with_labels,
-    with_numbers,
 )
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -35,7 +34,7 @@ SILU_MAGNITUDE = 0.596
 Kind = Literal["encoder", "down", "decoder", "up"]
 
 
-class EDM2(nn.Module):
+class EDM2(ToldNetwork):
     """Takes noisy images at unit variance and c_noise = ln(σ)/4 (figure 21)."""
 
     def __init__(
@@ -45,10 +44,7 @@ class EDM2(nn.Module):
         in_channels: int,  # of all images that it takes
         out_channels: int,
         num_classes: int = 0,  # 0: no class conditioning
-        augmentation_labels: int = 0,  # 0: none
-        condition_channels: int = 0,  # of a condition image, among in_channels
-        vector_size: int = 0,  # numbers of a condition vector
-        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
+        told: Told = NOT_TOLD,
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -65,7 +61,6 @@ class EDM2(nn.Module):
             dropout=chosen.dropout,
         )
 
-        self.in_channels, self.condition_channels = in_channels, condition_channels
         # A further channel of ones replaces all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
         # Drawn once, without gradient. As parameters they are part of a checkpoint.
@@ -73,10 +68,7 @@ class EDM2(nn.Module):
         self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
         self.time_embedding = MPConv(widths[0], embedding_width, 0)
         self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
-        labels = augmentation_labels
-        self.augmentation_embedding = MPConv(labels, embedding_width, 0) if labels else None
-        self.vector_embedding = NumbersEmbedding(vector_size, embedding_width) if vector_size else None
-        self.noise_embedding = NumbersEmbedding(1, embedding_width) if condition_noise else None
+        self._take(told, in_channels, embedding_width, partial(MPConv, kernel_size=0))
 
         width = widths[0]
         skip_widths = [width]
@@ -107,10 +99,9 @@ class EDM2(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Maps c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         of_time = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
-        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding, mp_sum)
-        embedding = mp_silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
+        embedding = mp_silu(self._with_condition(of_time, condition, self.class_embedding, mp_sum))
 
-        skips = [self.conv_in(with_images(x, condition, self.in_channels, self.condition_channels, ones=True))]
+        skips = [self.conv_in(self._with_images(x, condition, torch.ones_like(x[:, :1])))]
         for block in self.encoder:
             skips.append(block(skips[-1], embedding))
         h = skips[-1]

@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ddpm.objective import Condition
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Resize = Literal["down", "up"]
+Plus = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Images(threading.local):
@@ -127,35 +128,6 @@ def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def with_images(
-    x: Tensor, condition: Condition, in_channels: int, condition_channels: int, ones: bool = False
-) -> Tensor:
-    """Returns x_t, the estimate of x_0, or zeros, where it is taken, and the condition image, in this order.
-
-    Args:
-        x: x_t.
-        condition: its images.
-        in_channels: those of all; 2C and `condition_channels` for a network that takes an estimate.
-        condition_channels: 0: the network takes no condition image.
-        ones: whether a channel of ones comes before the condition image.
-
-    Raises:
-        ValueError: the network does not take an estimate, or its condition image is missing or superfluous.
-    """
-    parts = [x]
-    if x.shape[1] < in_channels - condition_channels:
-        parts.append(torch.zeros_like(x) if condition.x_start is None else condition.x_start)
-    elif condition.x_start is not None:
-        raise ValueError("an estimate of x_0 goes with a network that has self_conditioning: set it, or leave this out")
-    given = 0 if condition.image is None else condition.image.shape[1]
-    if given != condition_channels:
-        raise ValueError(f"the network takes {condition_channels} channels of a condition image, not {given}")
-    parts += [torch.ones_like(x[:, :1])] * ones
-    # Last: the weights of a network that gets a condition later are its own, followed by zeros.
-    parts += [] if condition.image is None else [condition.image.to(x.dtype)]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else x
-
-
 class NumbersEmbedding(nn.Module):
     """Two dense layers on Fourier features of numbers; the second begins at zero, so that a network can get it later.
 
@@ -176,41 +148,74 @@ class NumbersEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
 
 
-def with_numbers(embedding: Tensor, condition: Condition, vector: nn.Module | None, noise: nn.Module | None) -> Tensor:
-    """Returns the embedding of t [B, E] with those of the condition's vector and of the noise in its image added.
+class Told(NamedTuple):
+    """The inputs that a network has beside x_t, its estimate, t and the class; see `ddpm.networks.build`."""
 
-    Raises:
-        ValueError: a vector or a noise level is missing or superfluous.
-    """
-    level = None if condition.image_noise is None else F.pad(condition.image_noise[:, None], (0, 1), value=1.0)
-    for name, numbers, module in (("vector", condition.vector, vector), ("image_noise", level, noise)):
-        if (numbers is None) != (module is None):
-            raise ValueError(f"{name} goes with a network that was built for it: build it so, or leave it out")
-        if module is not None:
-            embedding = embedding + module(numbers)
-    return embedding
+    augmentation_labels: int = 0
+    condition_channels: int = 0
+    vector_size: int = 0
+    condition_noise: bool = False
 
 
-def with_labels(
-    embedding: Tensor,
-    condition: Condition,
-    classes: nn.Module | None,
-    augmentation: Any = None,
-    plus: Callable[[Tensor, Tensor], Tensor] = torch.add,
-) -> Tensor:
-    """Returns the embedding of t [B, E] `plus` that of the class, with that of the augmentation added.
+NOT_TOLD = Told()
 
-    Raises:
-        ValueError: for labels without classes, classes without labels, or augmentation without its input.
-    """
-    if (condition.labels is None) != (classes is None):
-        raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
-    if classes is not None:
-        embedding = plus(embedding, classes(condition.labels))
-    if augmentation is None:
-        if condition.augmentation is not None:
-            raise ValueError("this network takes no labels of augmentation: set augmentation_labels, or leave them out")
+
+def _dense(width_in: int, width_out: int) -> nn.Module:
+    return initialised(nn.Linear(width_in, width_out, bias=False))
+
+
+class ToldNetwork(nn.Module):
+    """A network with such inputs."""
+
+    def _take(self, told: Told, in_channels: int, width: int, dense: Callable[[int, int], nn.Module] = _dense) -> None:
+        """Adds the embeddings of the inputs, of this width; `in_channels` are those of all images."""
+        self.told, self.in_channels, labels = told, in_channels, told.augmentation_labels
+        self.augmentation_embedding = dense(labels, width) if labels else None
+        self.vector_embedding = NumbersEmbedding(told.vector_size, width) if told.vector_size else None
+        self.noise_embedding = NumbersEmbedding(1, width) if told.condition_noise else None
+
+    def _with_images(self, x: Tensor, condition: Condition, *others: Tensor) -> Tensor:
+        """Returns x_t, the estimate of x_0, or zeros, if it is taken, others, and the condition image, in this order.
+
+        Raises:
+            ValueError: the network does not take an estimate, or its condition image is missing or superfluous.
+        """
+        parts, channels = [x], self.told.condition_channels
+        if x.shape[1] < self.in_channels - channels:
+            parts.append(torch.zeros_like(x) if condition.x_start is None else condition.x_start)
+        elif condition.x_start is not None:
+            raise ValueError(
+                "an estimate of x_0 goes with a network that has self_conditioning: set it, or leave this out"
+            )
+        given = 0 if condition.image is None else condition.image.shape[1]
+        if given != channels:
+            raise ValueError(f"the network takes {channels} channels of a condition image, not {given}")
+        # Last: the weights of a network that gets a condition later are its own, followed by zeros.
+        parts += [*others, *([] if condition.image is None else [condition.image.to(x.dtype)])]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else x
+
+    def _with_condition(
+        self, embedding: Tensor, condition: Condition, classes: nn.Module | None, plus: Plus = torch.add
+    ) -> Tensor:
+        """Returns the embedding of t [B, E] `plus` that of the class, with those of the other inputs added.
+
+        Raises:
+            ValueError: an input is missing or superfluous.
+        """
+        if (condition.labels is None) != (classes is None):
+            raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
+        if classes is not None:
+            embedding = plus(embedding, classes(condition.labels))
+        if (augmentation := condition.augmentation) is None and self.augmentation_embedding is not None:
+            # DDP waits for the gradient of this layer, even if no image is augmented.
+            augmentation = embedding.new_zeros(len(embedding), self.told.augmentation_labels)
+        level = None if condition.image_noise is None else F.pad(condition.image_noise[:, None], (0, 1), value=1.0)
+        for name, given, layer in (
+            ("augmentation_labels", augmentation, self.augmentation_embedding),
+            ("vector", condition.vector, self.vector_embedding),
+            ("image_noise", level, self.noise_embedding),
+        ):
+            if (given is None) != (layer is None):
+                raise ValueError(f"{name} goes with a network that was built for it: build it so, or leave it out")
+            embedding = embedding if layer is None else embedding + layer(given)
         return embedding
-    # DDP waits for the gradient of this layer, even if no image is augmented.
-    unchanged = embedding.new_zeros(len(embedding), augmentation.in_features)
-    return embedding + augmentation(unchanged if condition.augmentation is None else condition.augmentation)

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from ddpm import catalogue
 from ddpm.image_size import ImageSize
 from ddpm.networks.layers import (
+    NOT_TOLD,
     Block,
     Dropout,
-    NumbersEmbedding,
     Resize,
+    Told,
+    ToldNetwork,
     attend,
     initialised,
     resized,
     sinusoids,
-    with_images,
-    with_labels,
-    with_numbers,
 )
 from ddpm.objective import UNCONDITIONAL, Condition
 
@@ -33,7 +32,7 @@ Conventions = Literal["ho", "diffusers"]
 """The code whose details to follow, which the shapes do not show: Ho et al.'s, or the defaults of diffusers."""
 
 
-class UNet(nn.Module):
+class UNet(ToldNetwork):
     """Maps noisy images and their timesteps to a prediction of the images' shape (Ho et al. 2020, appendix B).
 
     With `heads`, `scale_shift` and `resample_in_blocks` it is the network of Dhariwal & Nichol 2021, section 3.
@@ -46,10 +45,7 @@ class UNet(nn.Module):
         in_channels: int = 3,  # of all images that it takes
         out_channels: int | None = None,  # as in_channels
         num_classes: int = 0,  # 0: no class conditioning
-        augmentation_labels: int = 0,  # 0: none
-        condition_channels: int = 0,  # of a condition image, among in_channels
-        vector_size: int = 0,  # numbers of a condition vector
-        condition_noise: bool = False,  # whether it takes the level of the noise in the condition image
+        told: Told = NOT_TOLD,
         **options: Any,  # see the catalogue
     ) -> None:
         super().__init__()
@@ -58,14 +54,10 @@ class UNet(nn.Module):
         chosen.check_size(size)
         widths = [chosen.channels * multiplier for multiplier in chosen.channel_mults]
         embedding_width = 4 * widths[0]
-        self.condition_channels = condition_channels
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width, chosen.conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
-        labels = augmentation_labels
-        self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
-        self.vector_embedding = NumbersEmbedding(vector_size, embedding_width) if vector_size else None
-        self.noise_embedding = NumbersEmbedding(1, embedding_width) if condition_noise else None
+        self._take(told, in_channels, embedding_width)
 
         groups = chosen.norm_groups
         resnet = partial(
@@ -147,10 +139,9 @@ class UNet(nn.Module):
         """
         of_time = self.time_embedding(t)
         # Every residual block projects the activated embedding: activate it once.
-        embedding = with_labels(of_time, condition, self.class_embedding, self.augmentation_embedding)
-        embedding = F.silu(with_numbers(embedding, condition, self.vector_embedding, self.noise_embedding))
+        embedding = F.silu(self._with_condition(of_time, condition, self.class_embedding))
 
-        skips = [self.conv_in(with_images(x, condition, self.conv_in.in_channels, self.condition_channels))]
+        skips = [self.conv_in(self._with_images(x, condition))]
         for down_block in self.down_blocks:
             skips += down_block(skips[-1], embedding)
         h = self.mid_block(skips[-1], embedding)

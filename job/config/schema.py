@@ -437,6 +437,10 @@ def condition_can_be_made(config: RunConfig) -> None:
             f"sample.condition_noise={sample.condition_noise:g} exceeds condition.noise={condition.noise:g}"
         )
     there = {"class": config.model.num_classes, "condition": condition.channels, "vector": condition.vector}
+    # Images without each condition alone, beside those without any: see `drops_conditions`.
+    parts, dropout = 1 + sum(map(bool, there.values())), config.model.label_dropout
+    if parts > 2 and dropout * parts > 1:
+        raise ValueError(f"model.label_dropout={dropout:g}: with {parts - 1} conditions at most 1/{parts}")
     if data.size and sample.guidance != 1 and there.get(sample.guidance_by) == 0:
         raise ValueError(f"sample.guidance_by={sample.guidance_by}: the network has no {sample.guidance_by}")
 

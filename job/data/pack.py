@@ -217,6 +217,10 @@ class _Packing(Packing):
                 )
             if converted["8-bit"] and not self._request.bits:
                 raise UndecidedImageError(f"has 8 bits, and the first {FIRST_IMAGES} have more: add --bits 16, or 8")
+            if self.recipe.bits == 16 and not self.recipe.levels:
+                raise UndecidedImageError(
+                    f"is one of the first {FIRST_IMAGES}, which do not name one range: add --range LOW,HIGH, as 0,255"
+                )
             if self._request.tars:
                 return sample, [], converted, ""
             if self.condition_recipe is None:

@@ -49,24 +49,24 @@ class Conditions:
         device: device of the conditions.
         images: a dataset whose images the seeds take in turn, seed k number k mod n, where nothing else is given.
         chosen: returns the condition images and vectors that a command names.
-        first: returns the images of another run, float32 [B, C, h, w] in [-1, 1].
+        first: returns the images of another run, uint8 or uint16 [B, h, w, C].
         hidden: the part of its images to fill in, bool [H, W].
+        has_pictures: whether the condition images are not those of the dataset.
     """
 
     config: RunConfig
     device: torch.device
     images: ImageCache | None
     chosen: Callable[[Tensor], Condition] = lambda seeds: UNCONDITIONAL
-    first: Callable[[Tensor], Tensor] | None = None
+    first: Callable[[Tensor], np.ndarray] | None = None
     hidden: Tensor | None = None
+    has_pictures: bool = False
 
     def given(self, seeds: Tensor) -> Condition:
         """Returns the condition images and vectors of seeds, int64 [B]."""
         told, settings = self.chosen(seeds), self.config.condition
         if self.first is not None:
-            # Rounded as in a file: the result is that of two commands.
-            drawn, size = figures.to_pixels(self.first(seeds), self.config.data.bits), self.config.image_size
-            x = in_range(drawn, self.device)
+            x, size = in_range(self.first(seeds), self.device), self.config.image_size
             small = settings.small_size(size)
             x = x if x.shape[2:] == small.shape else resampled(x, *small.shape)
             told = told._replace(image=of_pictures(settings.derive, x, size, self.hidden))
@@ -80,17 +80,17 @@ class Conditions:
         return Condition(image=image, vector=stored.vector if vector is None else vector)
 
     def beside(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
-        """Returns what a grid shows beside samples: condition and true images, uint8 [n, H, W, C], by caption."""
+        """Returns what a grid shows beside samples, by caption: condition and, of those of a dataset, true images."""
         found, image = {}, self.given(torch.tensor(seeds, dtype=torch.int64, device=self.device)).image
         if image is not None:
             # Of a masked image these are its colours.
             found["condition"] = figures.to_pixels(image[:, : 3 if image.shape[1] >= 3 else 1])
-        if self.images is not None:
+        if self.images is not None and not self.has_pictures:
             found["truth"] = self.images.read(np.array(seeds) % self.images.index.images)
         return found
 
     def scores(self, seeds: Sequence[int], images: np.ndarray) -> Tensor | None:
-        """Compares samples, uint8 [n, H, W, C], with the images whose condition images they have.
+        """Compares samples, uint8 or uint16 [n, H, W, C], with the images whose condition images they have.
 
         Returns:
             PSNR and SSIM, the mean squared error of the condition made from the sample for values from 0 to 1, and PSNR
@@ -99,7 +99,8 @@ class Conditions:
         if self.images is None or not self.config.condition.channels:
             return None
         numbers, samples = torch.tensor(seeds, dtype=torch.int64), in_range(images, self.device)
-        truth, condition = in_range(self.beside(seeds)["truth"], self.device), self.given(numbers.to(self.device)).image
+        truth = in_range(self.images.read((numbers % self.images.index.images).numpy()), self.device)
+        condition = self.given(numbers.to(self.device)).image
         assert condition is not None
         # A condition of another number of channels is compared by its first one.
         channels = truth.shape[1] if condition.shape[1] >= truth.shape[1] else 1
@@ -116,7 +117,7 @@ def in_range(pixels: np.ndarray, device: torch.device) -> Tensor:
     return in_unit_range(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2))
 
 
-def conditions_of(plan: SamplePlan, first: Callable[[Tensor], Tensor] | None, ranks: Ranks) -> Conditions | None:
+def conditions_of(plan: SamplePlan, first: Callable[[Tensor], np.ndarray] | None, ranks: Ranks) -> Conditions | None:
     """Returns the conditions of a command; what it does not name are those of held-out images, else of learnt ones.
 
     Args:
@@ -145,4 +146,4 @@ def conditions_of(plan: SamplePlan, first: Callable[[Tensor], Tensor] | None, ra
         x = in_range(told.pictures, device)
         pictures = of_pictures(config.condition.derive, x, config.image_size, hidden)
     rows = vectors.normalised(told.rows).to(device) if vectors and told.rows else None
-    return Conditions(config, device, images, in_turn(pictures, rows), first, hidden)
+    return Conditions(config, device, images, in_turn(pictures, rows), first, hidden, has_image)

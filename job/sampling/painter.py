@@ -355,7 +355,7 @@ def prepared(plan: SamplePlan, ranks: Ranks) -> Iterator[tuple[SamplePlan, Paint
 
 
 @contextmanager
-def _first(plan: SamplePlan, ranks: Ranks) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+def _first(plan: SamplePlan, ranks: Ranks) -> Iterator[Callable[[torch.Tensor], np.ndarray] | None]:
     """Yields the function of seeds to the images of the run that gives the conditions for `--then`. Collective."""
     if plan.first is None:
         yield None
@@ -363,7 +363,8 @@ def _first(plan: SamplePlan, ranks: Ranks) -> Iterator[Callable[[torch.Tensor], 
     with prepared(plan.first, ranks) as (first, painter, sampling):
         painter.load(first.run, first.checkpoints[0], first.config.sample.weights)
         # One process that stopped here would leave the others waiting.
-        yield lambda seeds: painter.sample_seeds(seeds, sampling, painter.show_life)
+        # Rounded as in a file: the result is that of two commands.
+        yield lambda seeds: painter.sample_alone(seeds.tolist(), sampling, painter.show_life)
 
 
 def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:

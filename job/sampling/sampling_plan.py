@@ -93,7 +93,7 @@ class Told:
     """The conditions that a command names, which the seeds take in turn."""
 
     pictures: np.ndarray | None = None
-    """uint8 [n, h, w, C]."""
+    """uint8, or uint16 of 16 bits, [n, h, w, C]."""
     hidden: np.ndarray | None = None
     """The part of them to fill in, bool [H, W]."""
     rows: tuple[tuple[float, ...], ...] = ()
@@ -170,7 +170,8 @@ def _faults_of(name: str, otherwise: str) -> AbstractContextManager[None]:
 
 
 _OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
-SHARED = ["data.dataset_id", "data.size", *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
+_OF_CONDITION = "condition.derive", "condition.noise"
+SHARED = ["data.dataset_id", "data.size", *_OF_CONDITION, *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
 """Keys that must be equal for autoguidance: only then do both networks estimate the same images."""
 
 
@@ -212,8 +213,8 @@ class SamplePlan(RunHandle):
 
     @property
     def origin(self) -> str:
-        """The run and the moment of its images, as part of the name of pictures that they are conditions of."""
-        return f"of-{self.run.uri.rpartition('/')[2]}-{self.label(self.checkpoints[0].images_seen)}"
+        """What decides its images, as part of the name of pictures that they are conditions of."""
+        return f"of-{self.run.uri.rpartition('/')[2]}-{self.label(self.checkpoints[0].images_seen)}-{self.how()}"
 
     def choose(self) -> list[CheckpointRef]:
         """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
@@ -249,8 +250,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         first, (run, _, epoch) = plan_sampling(replace(request, then=""), stop), request.then.partition("@")
         if len(first.checkpoints) != 1:
             raise BadRequestError("--then takes the images of one checkpoint: name it by --checkpoints")
-        shared = {
-            key: getattr(request, key) for key in ("bucket", "seeds", "batch_size", "count", "save", "first_seed")
+        shared = {key: getattr(request, key) for key in ("bucket", "seeds", "batch_size", "save", "first_seed")} | {
+            "count": first.count
         }
         then = SampleRequest(run, checkpoints=epoch or "latest", slice=request.slice, **shared)
         second = plan_sampling(then, stop)
@@ -540,14 +541,6 @@ class SampleSet:
             )
 
 
-def _fingerprint(plan: SamplePlan) -> str:
-    """Returns the hash of the conditions that a command names, or that another run makes."""
-    if (first := plan.first) is None:
-        return plan.told.sha256
-    how = first.config.sample.effective.model_dump_json(), load_manifest(first.run, first.checkpoints[0]).sha256
-    return hashlib.sha256("\n".join((*how, first.told.sha256)).encode()).hexdigest()
-
-
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:
     """Returns the sets of `--count`, one for each checkpoint; an empty list without it. Writes nothing.
 
@@ -570,7 +563,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.worse.of_run.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
-            conditions=_fingerprint(plan),
+            # All that decides the images of the first run is in its own set.
+            conditions=plan_sets(plan.first)[0].config.fingerprint if plan.first else plan.told.sha256,
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
             size=ImageSize(*plan.pixel_shape[1:]),
