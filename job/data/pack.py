@@ -302,6 +302,7 @@ class _Copying(_Packing):
             self._paired, self.condition_recipe = pairs.stems, request.condition_recipe(self.recipe, first)
             listing_sha256 = hashlib.sha256(f"{listing_sha256} {pairs.sha256}".encode()).hexdigest()
             of_conditions["condition_channels"] = self.condition_recipe.channels
+            of_conditions["condition_filter"] = self.condition_recipe.resize_filter
             of_conditions["condition_range"] = self.condition_recipe.pixel_range
             of_conditions["condition_from"] = request.condition if request.condition[0] == ":" else found.name
             lonely = f", {pairs.lonely:,} images without a condition: named in the rejects" * bool(pairs.lonely)

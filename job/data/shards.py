@@ -281,6 +281,7 @@ class DatasetIndex(Sealed):
     channels: int = Field(ge=1, le=256, description="that a network sees")
     condition_channels: int = Field(default=0, ge=0, le=16, description="of the condition image of each image")
     condition_from: str = Field(default="", description="base name of the source of condition images")
+    condition_filter: str = Field(default="", description="like `resize_filter`, of condition images")
     condition_range: str = Field(default="", description="LOW,HIGH of condition images, as `pixel_range` of images")
     vector_names: tuple[str, ...] = Field(default=(), description="of the numbers of each image")
     vector_mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()

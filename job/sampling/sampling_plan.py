@@ -408,8 +408,11 @@ def _told(request: SampleRequest, of_run: RunHandle) -> Told:
         recipe = Recipe(settings.small_size(size), "center", "bicubic", channels, min_side=1)
         if index:
             # In another range than the training's the network would see another brightness.
-            pixel_range = index.pixel_range if settings.derive else index.condition_range
-            recipe = replace(recipe, bits=index.bits, pixel_range=pixel_range)
+            recipe = replace(recipe, bits=index.bits, pixel_range=index.pixel_range)
+            if not settings.derive:
+                # Another filter than that of packing would mix the values of a mask.
+                its_filter, its_range = index.condition_filter, index.condition_range
+                recipe = replace(recipe, resize_filter=its_filter, pixel_range=its_range)
         read, hashes = zip(*(_read_image("--condition", str(path), recipe) for path in files), strict=True)
         pictures, parts = np.stack(read), [*hashes]
         if request.mask:
