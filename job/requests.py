@@ -309,6 +309,10 @@ class SampleRequest(LaunchedOptions):
                 unfit[name] = f"is an option of --mode {modes}: leave it out, or choose one"
         if self.mode:
             unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
+        if self.then:
+            unfit["mode"] = "makes no condition images: leave it out, or leave --then out"
+            if ":" in self.vector:
+                unfit["vector"] = "of a row makes no condition images: use --vectors, or leave --then out"
         if self.vector and self.vectors:
             unfit["vectors"] = "and --vector exclude each other: leave one out"
         if self.count is None and not (self.save and (self.condition or self.vectors)):

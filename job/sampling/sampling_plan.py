@@ -201,19 +201,14 @@ class SamplePlan(RunHandle):
     @property
     def count(self) -> int | None:
         """The number of images to save; None: pictures of them instead."""
-        request = self.request
-        return request.count or (self.told.count if request.save else None)
+        request, told = self.request, self.first.told if self.first else self.told
+        return request.count or (told.count if request.save else None)
 
     @property
     def precision(self) -> str:
         """The number format of the network."""
         chosen = self.config.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
-
-    @property
-    def origin(self) -> str:
-        """The run and the moment of its images, as part of the name of pictures that they are conditions of."""
-        return f"of-{self.run.uri.rpartition('/')[2]}-{self.label(self.checkpoints[0].images_seen)}"
 
     def choose(self) -> list[CheckpointRef]:
         """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
@@ -232,7 +227,9 @@ class SamplePlan(RunHandle):
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         how += f"-condition-{self.told.sha256[:12]}" if self.told.sha256 else ""
-        how += f"-{self.first.origin}" if self.first else ""
+        if (first := self.first) is not None:
+            moment = first.label(first.checkpoints[0].images_seen)
+            how += f"-of-{first.run.uri.rpartition('/')[2]}-{moment}-{first.how()}"
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
@@ -250,7 +247,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         if len(first.checkpoints) != 1:
             raise BadRequestError("--then takes the images of one checkpoint: name it by --checkpoints")
         shared = {
-            key: getattr(request, key) for key in ("bucket", "seeds", "batch_size", "count", "save", "first_seed")
+            key: getattr(request, key)
+            for key in ("bucket", "seeds", "batch_size", "count", "save", "first_seed", "gif", "nearest", "show")
         }
         then = SampleRequest(run, checkpoints=epoch or "latest", slice=request.slice, **shared)
         second = plan_sampling(then, stop)
@@ -540,8 +538,10 @@ def _fingerprint(plan: SamplePlan) -> str:
     """Returns the hash of the conditions that a command names, or that another run makes."""
     if (first := plan.first) is None:
         return plan.told.sha256
-    how = first.config.sample.effective.model_dump_json(), load_manifest(first.run, first.checkpoints[0]).sha256
-    return hashlib.sha256("\n".join((*how, first.told.sha256)).encode()).hexdigest()
+    how = [first.config.sample.effective.model_dump_json(), load_manifest(first.run, first.checkpoints[0]).sha256]
+    how += [load_manifest(first.worse.of_run.run, first.worse.ref).sha256] if first.worse else []
+    how += [first.custom_sampler.sha256] if first.custom_sampler else []
+    return hashlib.sha256("\n".join((*how, first.how(), first.told.sha256)).encode()).hexdigest()
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:
