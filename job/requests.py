@@ -311,8 +311,9 @@ class SampleRequest(LaunchedOptions):
         if self.mode:
             unfit |= dict.fromkeys(("gif", "nearest"), "works only for new images: leave it out, or --mode")
         if self.then:
-            why = "does not go with --then, whose pictures show the last run alone: leave it out"
-            unfit |= dict.fromkeys(("mode", "gif", "nearest", "show"), why)
+            unfit["mode"] = "makes no condition images: leave it out, or leave --then out"
+            if ":" in self.vector:
+                unfit["vector"] = "of a row makes no condition images: use --vectors, or leave --then out"
         if self.vector and self.vectors:
             unfit["vectors"] = "and --vector exclude each other: leave one out"
         if self.count is None and not (self.save and (self.condition or self.vectors)):

@@ -202,19 +202,13 @@ class SamplePlan(RunHandle):
     @property
     def count(self) -> int | None:
         """The number of images to save; None: pictures of them instead."""
-        request = self.request
-        return request.count or (self.told.count if request.save else None)
+        return self.request.count or (self.told.count if self.request.save else None)
 
     @property
     def precision(self) -> str:
         """The number format of the network."""
         chosen = self.config.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
-
-    @property
-    def origin(self) -> str:
-        """What decides its images, as part of the name of pictures that they are conditions of."""
-        return f"of-{self.run.uri.rpartition('/')[2]}-{self.label(self.checkpoints[0].images_seen)}-{self.how()}"
 
     def choose(self) -> list[CheckpointRef]:
         """Returns the checkpoints of the request that exist now; see `RunHandle.chosen`."""
@@ -233,7 +227,9 @@ class SamplePlan(RunHandle):
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         how += f"-condition-{self.told.sha256[:12]}" if self.told.sha256 else ""
-        how += f"-{self.first.origin}" if self.first else ""
+        if (first := self.first) is not None:
+            moment = first.label(first.checkpoints[0].images_seen)
+            how += f"-of-{first.run.uri.rpartition('/')[2]}-{moment}-{first.how()}"
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
@@ -250,9 +246,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         first, (run, _, epoch) = plan_sampling(replace(request, then=""), stop), request.then.partition("@")
         if len(first.checkpoints) != 1:
             raise BadRequestError("--then takes the images of one checkpoint: name it by --checkpoints")
-        shared = {key: getattr(request, key) for key in ("bucket", "seeds", "batch_size", "save", "first_seed")} | {
-            "count": first.count
-        }
+        keys = ("bucket", "seeds", "batch_size", "save", "first_seed", "gif", "nearest", "show")
+        shared = {key: getattr(request, key) for key in keys} | {"count": first.count}
         then = SampleRequest(run, checkpoints=epoch or "latest", slice=request.slice, **shared)
         second = plan_sampling(then, stop)
         if not second.config.condition.channels or first.pixel_shape[0] != second.pixel_shape[0]:

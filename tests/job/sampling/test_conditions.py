@@ -115,13 +115,14 @@ def test_a_cascade_is_two_commands(bucket: Path, tmp_path: Path) -> None:
     for name, pixels in second.items():
         # A file is made smaller by Pillow, in whole levels.
         assert np.abs(at_once[name].astype(int) - pixels).max() <= 8
-    uri = ran("sample", "--run", "base", "--then", "sr4@1", "--seeds", "3", "--bucket", bucket).split()[0]
-    assert "runs/sr4/samples/" in uri and "-of-base-epoch-0001-" in uri
     # Other steps of the first run make other images: in another set, and in a picture of another name.
     fewer = saved(bucket, "--run", "base", "--then", "sr4", "--count", 5, "--steps", 2)
     assert any((fewer[name] != pixels).any() for name, pixels in at_once.items())
-    words = ("sample", "--run", "base", "--then", "sr4@1", "--seeds", "3", "--steps", 2, "--bucket", bucket)
-    assert ran(*words).split()[0] != uri
+    # Without --count the pictures of the first run are the number; its options are in the name.
+    assert len(saved(bucket, "--run", "sr4", "--condition", pictures(tmp_path / "two", 2), "--then", "sr4")) == 2
+    words = ("sample", "--run", "base", "--then", "sr4@1", "--seeds", "3", "--gif", "--bucket", bucket)
+    uris = [line.split()[0] for steps in (3, 4) for line in ran(*words, "--steps", steps).splitlines()]
+    assert len({*uris}) == 4 and all("runs/sr4/samples/" in uri and "-of-base-epoch-0001-" in uri for uri in uris)
 
 
 def test_guidance_moves_away_from_no_condition(bucket: Path, tmp_path: Path) -> None:
@@ -197,9 +198,10 @@ def test_conditions_that_cannot_be_are_refused(bucket: Path, tmp_path: Path) -> 
         ((*sr4, "--condition", small, "--mask", "half"), Exit.BAD_REQUEST, "has not learnt masks"),
         ((*sr4, "--save", "png"), Exit.BAD_REQUEST, "--save works only with --count"),
         ((*base, "--then", "base"), Exit.BAD_REQUEST, "--then base: it has no condition image of 3 channels"),
-        ((*base, "--then", "sr4", "--gif"), Exit.BAD_REQUEST, "--gif does not go with --then"),
         ((*sr4, "--autoguidance", "hole@1", "--guidance", "2"), Exit.BAD_REQUEST, "differs in condition.derive"),
         ((*sr4, "--vector", "1:2:3"), Exit.BAD_REQUEST, "--vector"),
+        ((*base, "--mode", "interpolate", "--then", "sr4"), Exit.BAD_REQUEST, "--mode makes no condition images"),
+        ((*base, "--vector", "1:2", "--then", "sr4"), Exit.BAD_REQUEST, "--vector of a row makes no condition images"),
         ((*base, "--then", "nobody"), Exit.MISSING_INPUT, "no run 'nobody'"),
         ((*sr4, "--guidance", "2"), Exit.BAD_CONFIG, "sample.guidance=2 needs a run that began with"),
         ((*hole, "--guidance", 2, "--guidance-by", "class"), Exit.BAD_CONFIG, "the network has no class"),
