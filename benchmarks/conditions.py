@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality import CAREFUL, DDIM, IMAGES, SIZE, chosen_images, features, real_images, trained
-from ddpm.conditions import Vectors, derived, in_turn
+from ddpm.conditions import VectorStatistics, derived, in_turn
 from ddpm.figures import to_pixels
 from ddpm.metrics import paired
 from ddpm.model import Model
@@ -80,7 +80,7 @@ def turn(asked: argparse.Namespace) -> None:
     angles = 2 * math.pi * torch.rand(len(upright), generator=generator)
     vectors = directions(angles)
     std, mean = torch.std_mean(vectors.double(), dim=0, correction=0)
-    numbers = Vectors(("cosine", "sine"), tuple(mean.tolist()), tuple(std.tolist()))
+    numbers = VectorStatistics(("cosine", "sine"), tuple(mean.tolist()), tuple(std.tolist()))
     learnt = to_pixels(rotated(upright, angles))[..., 0]
     settings = {"condition.vector": len(numbers.names)}
     model = learn(asked, learnt, settings, numbers.normalised(vectors.tolist()))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def derived(derive: str, x: Tensor, seed: int, image_numbers: Tensor) -> Tensor:
     kind, _, value = derive.partition(":")
     if kind == "downscale":
         height, width = Conditioning(derive).small_size(ImageSize(*x.shape[2:])).shape
-        return resampled(resampled(x, height, width), *x.shape[2:])
+        return bicubic(bicubic(x, height, width), *x.shape[2:])
     if kind == "grey":
         red, green, blue = (x[:, place : place + 1] * weight for place, weight in enumerate(LUMA))
         return red + green + blue
@@ -90,7 +91,7 @@ def of_pictures(derive: str, x: Tensor, size: ImageSize, hidden: Tensor | None =
     """
     kind = derive.partition(":")[0]
     if kind == "downscale":
-        return resampled(x, *size.shape)
+        return bicubic(x, *size.shape)
     if hidden is not None:
         return masked(x, hidden)
     return derived(derive, x, 0, torch.arange(len(x))) if kind in ("grey", "mask") else x
@@ -101,7 +102,7 @@ def blurred(x: Tensor, deviation: float) -> Tensor:
     return _filtered(_filtered(x, 2, x.shape[2], deviation), 3, x.shape[3], deviation)
 
 
-def resampled(x: Tensor, height: int, width: int) -> Tensor:
+def bicubic(x: Tensor, height: int, width: int) -> Tensor:
     """Returns images [B, C, H, W] at another size, clipped to [-1, 1]: bicubic, antialiased as in Pillow."""
     return _filtered(_filtered(x, 2, height), 3, width).clamp(-1, 1)
 
@@ -180,7 +181,7 @@ def noised(condition: Condition, level: Tensor, noise: Tensor) -> Condition:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class VectorStatistics:
     """The names of a dataset's numbers, and their statistics, with which a network gets them."""
 
     names: tuple[str, ...]
@@ -193,19 +194,25 @@ class Vectors:
         Raises:
             ValueError: a row has another number of numbers, or one is not finite.
         """
-        values = np.atleast_2d(np.array([*rows], dtype=np.float64))
+        values = np.atleast_2d(np.array(rows, dtype=np.float64))
         if values.shape[1:] != (len(self.names),) or not np.isfinite(values).all():
             raise ValueError(f"a condition vector has {len(self.names)} finite numbers: {', '.join(self.names)}")
         return torch.from_numpy((values - self.mean) / self.std).float()
 
 
 def read_pictures(pictures: Sequence[Picture], channels: int, size: ImageSize) -> Tensor:
-    """Returns pictures or files of them at a size, float32 [n, C, H, W] in [-1, 1], for C = 1 (grey) or 3.
+    """Returns pictures, or files or folders of them, at a size, float32 [n, C, H, W] in [-1, 1], for C = 1 or 3.
 
     Raises:
         ValueError: a picture has more than 8 bits, which Pillow would clip to white.
     """
-    opened = [one if isinstance(one, Image.Image) else Image.open(one) for one in pictures]
+    opened = list[Image.Image]()
+    for one in pictures:
+        if isinstance(one, Image.Image):
+            opened.append(one)
+        else:
+            files = sorted(Path(one).iterdir()) if Path(one).is_dir() else [one]
+            opened += [Image.open(file) for file in files]
     if deep := [one.mode for one in opened if one.mode[0] in "IF"]:
         raise ValueError(f"condition: a picture has more than 8 bits (mode {deep[0]}): scale it to 0 … 255, mode L")
     mode, shape = "L" if channels == 1 else "RGB", (size.width, size.height)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ddpm import figures, randomness
 from ddpm.catalogue import GUIDED, SAMPLERS, Conditioning, Diffusion, SampleOptions
-from ddpm.conditions import Picture, Vectors, in_turn, noised, of_pictures, read_pictures, without
+from ddpm.conditions import Picture, VectorStatistics, in_turn, noised, of_pictures, read_pictures, without
 from ddpm.grids import make_grid, numbered_points, shifted
 from ddpm.image_size import ImageSize
 from ddpm.networks import laid_out
@@ -269,7 +269,7 @@ class Model:
     null_class: bool = False
     diffusion: Diffusion = field(default_factory=Diffusion)
     conditioning: Conditioning = field(default_factory=Conditioning)
-    vectors: Vectors | None = None
+    vectors: VectorStatistics | None = None
     given: Callable[[Tensor], Condition] = lambda seeds: UNCONDITIONAL
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     decode: Callable[[Tensor], Tensor] | None = None

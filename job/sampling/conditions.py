@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm import figures, metrics
 from ddpm.augment import in_unit_range
-from ddpm.conditions import Vectors, derived, in_turn, learnt, of_pictures, resampled, with_flag
+from ddpm.conditions import VectorStatistics, bicubic, derived, in_turn, learnt, of_pictures, with_flag
 from ddpm.objective import UNCONDITIONAL, Condition
 from job.config import RunConfig
 from job.data.reading.cache import ImageCache, open_cache
@@ -35,9 +35,13 @@ def stored_condition(images: ImageCache, indices: np.ndarray, config: RunConfig,
     )
 
 
-def vectors_of(index: DatasetIndex | None) -> Vectors | None:
+def vectors_of(index: DatasetIndex | None) -> VectorStatistics | None:
     """Returns the statistics of a dataset's numbers; None without any."""
-    return Vectors(index.vector_names, index.vector_mean, index.vector_std) if index and index.vector_names else None
+    return (
+        VectorStatistics(index.vector_names, index.vector_mean, index.vector_std)
+        if index and index.vector_names
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Conditions:
         if self.first is not None:
             x, size = in_range(self.first(seeds), self.device), self.config.image_size
             small = settings.small_size(size)
-            x = x if x.shape[2:] == small.shape else resampled(x, *small.shape)
+            x = x if x.shape[2:] == small.shape else bicubic(x, *small.shape)
             told = told._replace(image=of_pictures(settings.derive, x, size, self.hidden))
         if self.images is None:
             return told

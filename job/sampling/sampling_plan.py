@@ -97,7 +97,7 @@ class Told:
     hidden: np.ndarray | None = None
     """The part of them to fill in, bool [H, W]."""
     rows: tuple[tuple[float, ...], ...] = ()
-    """Vectors of numbers as in the dataset."""
+    """VectorStatistics of numbers as in the dataset."""
     is_row: bool = False
     """Whether each seed takes all vectors, which become a row of a picture."""
     sha256: str = ""
@@ -439,14 +439,14 @@ def _read_rows(file: str, names: Sequence[str]) -> list[list[float]]:
     """Returns the vectors in a CSV file, whose first line may name its columns."""
     with os_errors(f"--vectors {file}"):
         lines = [line for line in csv.reader(Path(file).read_text(errors="replace").splitlines()) if line]
-    columns = [*range(len(names))]
+    columns, first = [*range(len(names))], 1
     if lines and {*names} <= {*lines[0]}:
         head, *lines = lines
-        columns = [head.index(name) for name in names]
+        columns, first = [head.index(name) for name in names], 2
     rows = [[line[column] for column in columns if column < len(line)] for line in lines]
     if not 0 < len(rows) <= MAX_NUMBERS:
         raise BadRequestError(f"--vectors {file} has {len(rows):,} vectors: use 1 to {MAX_NUMBERS:,}")
-    return [_numbers(f"--vectors {file}, line {number}:", row, names) for number, row in enumerate(rows, 1)]
+    return [_numbers(f"--vectors {file}, line {number}:", row, names) for number, row in enumerate(rows, first)]
 
 
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:

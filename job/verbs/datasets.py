@@ -180,7 +180,7 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         "id": index.dataset_id,
         "made": made,
         "classes": ", ".join(index.classes) + " (folders)" * (index.classes_from == "folders"),
-        "pairs": f"each with {index.condition_channels} channels of {index.condition_from}"
+        "pairs": f"each with a condition image of {index.condition_from}, channels: {index.condition_channels}"
         * bool(index.condition_channels),
         "vector": ", ".join(map("{} {:.4g} ± {:.3g}".format, index.vector_names, index.vector_mean, index.vector_std)),
         "splits": ", ".join(index.splits) + ", packed together" * bool(index.splits),

@@ -9,7 +9,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms import functional as torchvision
 
 from ddpm.catalogue import DERIVATIONS, Conditioning
-from ddpm.conditions import Vectors, derived, learnt, masked, of_pictures, read_pictures, without
+from ddpm.conditions import VectorStatistics, derived, learnt, masked, of_pictures, read_pictures, without
 from ddpm.image_size import ImageSize
 from ddpm.objective import Condition
 from tests.ddpm.known import levels, normal
@@ -117,7 +117,7 @@ def test_conditions_are_left_out_together_and_alone() -> None:
 
 
 def test_vectors_are_normalised_or_refused() -> None:
-    vectors = Vectors(("age", "angle"), (40.0, 0.0), (10.0, 2.0))
+    vectors = VectorStatistics(("age", "angle"), (40.0, 0.0), (10.0, 2.0))
     assert vectors.normalised([50, 1]).tolist() == [[1.0, 0.5]]
     assert vectors.normalised([(30, 0), (40, -2)]).tolist() == [[-1.0, 0.0], [0.0, -1.0]]
     for wrong in ([1], [1, 2, 3], [float("nan"), 1], [1, float("inf")], [[1], [2]]):
