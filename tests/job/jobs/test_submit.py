@@ -52,6 +52,7 @@ def test_commands_survive_writing_and_reading():
 
 
 OTHER_VALUES = {bool: False, int: 7, float: 0.25, str: "--x y", Path: Path("/some where"), ImageSize: ImageSize(8, 16)}
+OF_PATTERN = {"checkpoints": "30,80", "metrics": "fid,kid", "then": "sr-64", "vector": "20,0.5:60,0.5"}
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -63,9 +64,7 @@ def test_every_option_survives(kind):
             value = OTHER_VALUES.get(takes if takes in OTHER_VALUES else get_args(takes)[0])
             value = True if each.default is False else ("a", "--x") if get_origin(takes) is tuple else value
             value = option.choices[-1] if option.choices and takes is str else value
-            value = (
-                {"checkpoints": "30,80", "metrics": "fid,kid", "then": "sr-64"}[each.name] if option.pattern else value
-            )
+            value = OF_PATTERN[each.name] if option.pattern else value
             request = kind(**{"bucket": "b", **needed, field: value if field == each.name else {each.name: value}})
             again = parsed(kind.command[-1], request.argv()[len(kind.command) :])
             assert getattr(again, field) == getattr(request, field), each.name
