@@ -36,7 +36,7 @@ class ConsistencyObjective(Objective):
 
     tuning: Consistency = field(default_factory=Consistency)
     teacher: Network | None = None
-    """A denoiser in evaluation mode, of which the network learns guided trajectories; None: straight lines."""
+    """A denoiser in evaluation mode, whose trajectories the network learns with `tuning.guidance` other than 1."""
     null_class: int = 0
     """The number of the class for images without a class, for guidance."""
 
@@ -102,8 +102,9 @@ class ConsistencyObjective(Objective):
         With a teacher this is Euler's step along its guided flow (Song et al. 2023, algorithm 2; Luo et al. 2023,
         "Latent Consistency Models", section 4.2): x_0 is D = D_null + w (D_cond - D_null), and the noise (x_t - α D)/σ.
         """
-        if self.teacher is None:
+        if self.tuning.guidance == 1:
             return x_start, noise
+        assert self.teacher is not None, "the unguided loss would be another one"
         less = without(condition, [(name, True) for name in GUIDED.values() if name], self.null_class)
         better, worse = (self._estimate(self.teacher, x_start, noise, at, scale, each) for each in (condition, less))
         end = worse + self.tuning.guidance * (better - worse)

@@ -70,8 +70,8 @@ _OF_PARENT = ("model.", "network.", "condition.", "diffusion.", "data.augment", 
 """The beginnings of keys that a run takes from its parent."""
 _OWN = ("model.num_classes", "condition.channels", "condition.vector", "train.precision", "train.freeze")
 """Keys that it never takes."""
-_TOLD = ("model.num_classes", "condition.derive", *_LATER)
-"""Keys of what a network is told, on which a teacher must agree."""
+_INPUTS = ("model.num_classes", "condition.derive", *_LATER)
+"""Keys of a network's inputs, on which it must agree with its teacher."""
 _OPEN = (None, "auto")
 """Values that leave a setting to the machine."""
 
@@ -129,7 +129,7 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         channels = f", or pack the images with --channels {theirs['data.channels']}" * ("data.channels" in differing)
         raise BadConfigError(f"{fit}: leave out these settings, or --from{channels}")
     if config.consistency.guidance != 1:
-        unfit = {key: theirs.get(key) for key in _TOLD if (theirs.get(key) or 0) != (ours[key] or 0)}
+        unfit = {key: theirs.get(key) for key in _INPUTS if (theirs.get(key) or 0) != (ours[key] or 0)}
         unfit |= {} if parent.model.label_dropout else {"model.label_dropout": 0}
         unfit |= {"diffusion.objective": "consistency"} if parent.diffusion.objective == "consistency" else {}
         if unfit:
