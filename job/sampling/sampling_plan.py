@@ -400,14 +400,11 @@ def _told(request: SampleRequest, of_run: RunHandle) -> Told:
         if not files:
             raise MissingInputError(f"--condition {where} is an empty folder")
         channels = of_run.config.image_shape[0] if settings.derive else settings.channels
-        recipe = Recipe(settings.small_size(size), "center", "bicubic", channels, min_side=1)
+        recipe = Recipe(settings.small_size(size), "center", settings.resize_filter, channels, min_side=1)
         if index:
             # In another range than the training's the network would see another brightness.
-            recipe = replace(recipe, bits=index.bits, pixel_range=index.pixel_range)
-            if not settings.derive:
-                # Another filter than that of packing would mix the values of a mask.
-                its_filter, its_range = index.condition_filter, index.condition_range
-                recipe = replace(recipe, resize_filter=its_filter, pixel_range=its_range)
+            pixel_range = index.pixel_range if settings.derive else index.condition_range
+            recipe = replace(recipe, bits=index.bits, pixel_range=pixel_range)
         read, hashes = zip(*(_read_image("--condition", str(path), recipe) for path in files), strict=True)
         pictures, parts = np.stack(read), [*hashes]
         if request.mask:
