@@ -121,6 +121,8 @@ DRAWS = {
     "log_normal": "normal ln(σ/α): log-normal σ of `edm` (Karras et al. 2022, table 1), logit-normal σ of `flow`",
 }
 
+FILTERS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
+"""The last one keeps the values of masks, which stand for classes."""
 GUIDED = {"all": "", "class": "labels", "condition": "image", "vector": "vector"}
 """What the weaker estimate of guidance lacks, with its field of `ddpm.objective.Condition`."""
 
@@ -254,6 +256,7 @@ class Conditioning:
     noise: Annotated[Below1, "largest noise that training adds to the condition image, told to the network"] = 0.0
     channels: Annotated[CountOrNone, "channels of the condition image; 0: none"] = 0
     vector: Annotated[CountOrNone, "numbers in the condition vector; 0: none"] = 0
+    resize_filter: Annotated[OneOf[str, FILTERS], "filter for given condition images: that of packing"] = "bicubic"
 
     def channels_of(self, image_channels: int) -> int:
         """Returns the channels of a derived condition."""

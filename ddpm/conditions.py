@@ -200,7 +200,9 @@ class VectorStatistics:
         return torch.from_numpy((values - self.mean) / self.std).float()
 
 
-def read_pictures(pictures: Sequence[Picture], channels: int, size: ImageSize) -> Tensor:
+def read_pictures(
+    pictures: Sequence[Picture], channels: int, size: ImageSize, resize_filter: str = "bicubic"
+) -> Tensor:
     """Returns pictures, or files or folders of them, at a size, float32 [n, C, H, W] in [-1, 1], for C = 1 or 3.
 
     Raises:
@@ -216,7 +218,7 @@ def read_pictures(pictures: Sequence[Picture], channels: int, size: ImageSize) -
     if deep := [one.mode for one in opened if one.mode[0] in "IF"]:
         raise ValueError(f"condition: a picture has more than 8 bits (mode {deep[0]}): scale it to 0 … 255, mode L")
     mode, shape = "L" if channels == 1 else "RGB", (size.width, size.height)
-    pixels = [np.asarray(one.convert(mode).resize(shape, Image.Resampling.BICUBIC)) for one in opened]
+    pixels = [np.asarray(one.convert(mode).resize(shape, Image.Resampling[resize_filter.upper()])) for one in opened]
     return torch.from_numpy(np.stack(pixels).reshape(-1, *size.shape, channels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -464,7 +464,7 @@ class Model:
             settings, size = self.conditioning, ImageSize(*self.image_shape[1:])
             those = [condition] if isinstance(condition, str | os.PathLike | Image.Image) else [*condition]
             channels = self.image_shape[0] if settings.derive else channels
-            x = read_pictures(those, channels, settings.small_size(size)).to(self.device)
+            x = read_pictures(those, channels, settings.small_size(size), settings.resize_filter).to(self.device)
             image = of_pictures(settings.derive, x, size)
         rows = None if vector is None or self.vectors is None else self.vectors.normalised(vector).to(self.device)
         return in_turn(image, rows)

@@ -300,6 +300,8 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
         raise BadConfigError(f"condition.derive={derive}: {index.name} has condition images of its own: leave it out")
     changes["condition.channels"] = config.condition.channels_of(index.channels) if derive else channels
     changes["condition.vector"] = len(index.vector_names)
+    # Another filter than that of packing would mix the values of a mask.
+    changes["condition.resize_filter"] = index.condition_filter or "bicubic"
     if config.model.num_classes == 0:
         # The user asked for a network without classes.
         del changes["model.num_classes"]

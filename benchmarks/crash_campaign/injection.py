@@ -200,7 +200,7 @@ class Watched:
 
     def _losses_asked(self, losses: Callable[..., Any], objective: Any, network: Any, *args: Any, **named: Any) -> Any:
         x_start, noise, drawn = args[:3]
-        self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
+        self._drawn[-1][1].extend([x_start, noise, *drawn[:6], *(drawn.further if drawn.further is not None else ())])
         return self._around("losses", "", b"", lambda: losses(objective, network, *args, **named))
 
     def _norm_found(self, takes_step: Callable[..., bool], scale: Any, norm: Any) -> Any:

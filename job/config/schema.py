@@ -259,7 +259,7 @@ class SamplerConfig(ConfigSection, catalogue.SampleOptions):
     def words(self, first: SamplerConfig) -> str:
         """Returns the same for people, without the classes, which a picture shows: `ddim, 50 steps, eta 1`."""
         words = [f"{key.replace('_', ' ')} {value}" for key, value in self._differing(first).items() if key != "labels"]
-        return ", ".join([self.sampler, f"{self.steps:,} steps", *words])
+        return ", ".join([self.sampler, f"{self.steps:,} step{'s' * (self.steps > 1)}", *words])
 
     def _differing(self, first: SamplerConfig) -> dict[str, str]:
         ours, theirs = self.effective.model_dump(exclude={"sampler", "steps"}), first.effective.model_dump()

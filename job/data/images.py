@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from ddpm.catalogue import FILTERS
 from ddpm.image_size import ImageSize
 from job.data.codecs import NPY_MAGIC, decode_npy
 from job.exits import BadRequestError, needs_extra
 
-FILTERS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
-"""The last one keeps the values of masks, which stand for classes."""
 MOST_CHANNELS = 16
 PIXEL_LIMIT = 89_478_485
 """Pillow's limit (a quarter of a gigabyte as RGB): a file of a few kilobytes may decode to more than the memory."""

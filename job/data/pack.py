@@ -141,8 +141,9 @@ class _Packing(Packing):
 
     def is_of(self, index: shards.DatasetIndex) -> bool:
         """Returns whether a dataset has the images, labels and pixels of this source, or of a part of it."""
-        found = {name: getattr(self.recipe, name) for name in _PIXELS} | self.of_index
-        return all(found[name] == getattr(index, name) for name in (*_PIXELS, "listing_sha256", "classes"))
+        found = {"condition_filter": ""} | {name: getattr(self.recipe, name) for name in _PIXELS} | self.of_index
+        decisive = (*_PIXELS, "listing_sha256", "classes", "condition_filter")
+        return all(found[name] == getattr(index, name) for name in decisive)
 
     def _check_rejects(self) -> None:
         """Raises `BadDataError` if more than `max_bad` images are left out."""

@@ -68,19 +68,19 @@ class Conditions:
 
     def given(self, seeds: Tensor) -> Condition:
         """Returns the condition images and vectors of seeds, int64 [B]."""
-        told, settings = self.chosen(seeds), self.config.condition
+        condition, settings = self.chosen(seeds), self.config.condition
         if self.first is not None:
             x, size = in_range(self.first(seeds), self.device), self.config.image_size
             small = settings.small_size(size)
             x = x if x.shape[2:] == small.shape else bicubic(x, *small.shape)
-            told = told._replace(image=of_pictures(settings.derive, x, size, self.hidden))
+            condition = condition._replace(image=of_pictures(settings.derive, x, size, self.hidden))
         if self.images is None:
-            return told
+            return condition
         indices = (seeds % self.images.index.images).cpu()
         stored = stored_condition(self.images, indices.numpy(), self.config, self.device)
         x = in_range(self.images.read(indices.numpy()), self.device)
         stored = learnt(stored, x, SEED, indices, settings, noise=False)
-        image, vector = stored.image if told.image is None else told.image, told.vector
+        image, vector = stored.image if condition.image is None else condition.image, condition.vector
         return Condition(image=image, vector=stored.vector if vector is None else vector)
 
     def beside(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
@@ -132,11 +132,11 @@ def conditions_of(plan: SamplePlan, first: Callable[[Tensor], np.ndarray] | None
     Raises:
         BadRequestError: the run was imported without a dataset, and the command does not name all conditions.
     """
-    config, told, device, images = plan.config, plan.told, ranks.device, None
+    config, given, device, images = plan.config, plan.conditions, ranks.device, None
     if not config.is_conditioned:
         return None
-    has_image = first is not None or told.pictures is not None
-    if (config.condition.channels and not has_image) or (config.condition.vector and not told.rows):
+    has_image = first is not None or given.pictures is not None
+    if (config.condition.channels and not has_image) or (config.condition.vector and not given.rows):
         if (index := plan.index) is None:
             raise BadRequestError(
                 "the run was imported without the dataset of its conditions: name some by --condition"
@@ -144,10 +144,10 @@ def conditions_of(plan: SamplePlan, first: Callable[[Tensor], np.ndarray] | None
         if index.held_out:
             index = load_index(plan.bucket, dataset_key(index.held_out, index.size))
         images = open_cache(plan.bucket, index, config.data.cache_gigabytes * 1e9, ranks.stop)
-    hidden = None if told.hidden is None else torch.from_numpy(told.hidden).to(device)
+    hidden = None if given.hidden is None else torch.from_numpy(given.hidden).to(device)
     pictures, vectors = None, vectors_of(plan.index)
-    if told.pictures is not None:
-        x = in_range(told.pictures, device)
+    if given.pictures is not None:
+        x = in_range(given.pictures, device)
         pictures = of_pictures(config.condition.derive, x, config.image_size, hidden)
-    rows = vectors.normalised(told.rows).to(device) if vectors and told.rows else None
+    rows = vectors.normalised(given.rows).to(device) if vectors and given.rows else None
     return Conditions(config, device, images, in_turn(pictures, rows), first, hidden, has_image)

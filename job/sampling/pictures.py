@@ -45,8 +45,9 @@ from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.run import SampleSetConfig, denoising_key, file_words, grid_key, moment_of, put_picture, title_of
+from job.sampling.given import GivenImages
 from job.sampling.painter import Painter, Route, prepared
-from job.sampling.sampling_plan import Given, SamplePlan, SampleSet, plan_sets, sample_kind
+from job.sampling.sampling_plan import SamplePlan, SampleSet, plan_sets, sample_kind
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import write_file
@@ -78,12 +79,12 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 
 def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.config.sample, painter.ranks.is_main
-    usual_seeds = editor.default_seeds() if editor else range(plan.told.count or sample.images)
-    usual_seeds = range(PAIRS) if plan.told.is_row else usual_seeds
+    usual_seeds = editor.default_seeds() if editor else range(plan.conditions.count or sample.images)
+    usual_seeds = range(PAIRS) if plan.conditions.is_row else usual_seeds
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
     all_seeds = editor.all_seeds(seeds) if editor else seeds
-    if plan.told.is_row:
-        all_seeds = [seed for seed in seeds for _ in plan.told.rows]
+    if plan.conditions.is_row:
+        all_seeds = [seed for seed in seeds for _ in plan.conditions.rows]
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     how, usual = plan.how(request.seeds), plan.stored.sample
@@ -104,7 +105,7 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
         label = plan.label(ref.images_seen)
         painter.load(plan.run, ref, sample.weights)
         began = time.monotonic()
-        if plan.told.is_row:
+        if plan.conditions.is_row:
             images = _along_vectors(plan, painter, sampling, seeds, label)
         else:
             images = painter.sample_together(all_seeds, sampling, sample.batch_size, label, route)
@@ -112,8 +113,8 @@ def _make_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
             rate = len(all_seeds) / (time.monotonic() - began)
             grids.append((moment_of(label), figures.shown(images, sample.show)))
             title = title_of(plan.run, moment_of(label), plan.words, seeds)
-            if plan.told.is_row:
-                heads = [", ".join(f"{number:.3g}" for number in row) for row in plan.told.rows]
+            if plan.conditions.is_row:
+                heads = [", ".join(f"{number:.3g}" for number in row) for row in plan.conditions.rows]
                 scale = max(1, 96 // max(images.shape[1:3]))
                 grid = figures.png(figures.image_grid(images, len(heads), 2, scale, column_labels=heads, title=title))
             elif editor:
@@ -140,7 +141,7 @@ def _along_vectors(
 ) -> np.ndarray:
     """Samples each seed with each of the vectors, uint8 [n · vectors, H, W, C] on the main process. Collective."""
     columns, usual = [], painter.given
-    for number in range(len(plan.told.rows)):
+    for number in range(len(plan.conditions.rows)):
 
         def given(seeds: torch.Tensor, number: int = number) -> Condition:
             # Seed k has vector k.
@@ -303,7 +304,7 @@ class Editor:
     Seed k has image k mod n of the n given ones. Interpolation between seeds has no given images.
     """
 
-    def __init__(self, given: Given, painter: Painter, sampling: Sampling) -> None:
+    def __init__(self, given: GivenImages, painter: Painter, sampling: Sampling) -> None:
         self._painter, self._editing, self.evaluations = painter, given.editing, painter.evaluations_of(sampling)
         if given.images is None:
             return

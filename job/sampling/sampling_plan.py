@@ -1,4 +1,4 @@
-"""The plan of a sampling command, before it begins: given images, a sampler of the user's, and sets of many images.
+"""The plan of a sampling command, before it begins: its settings, a sampler of the user's, and sets of many images.
 
 It needs no tensors. `ddpm sample --count` makes the images of a checkpoint in pieces, which are committed one by one:
 
@@ -13,35 +13,30 @@ The last part of the name is a hash of everything that decides the images and th
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib
 import inspect
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ddpm.catalogue import takers
 from ddpm.image_size import ImageSize
 from job.coordination.pieces import WHOLE, Pieces, Slice
 from job.data.codecs import kind_of
-from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
+from job.exits import BadDataError, BadRequestError, did_you_mean
 from job.own_code import faults_of
 from job.processes.launcher import lost_peer
 from job.progress import note
-from job.requests import MAX_NUMBERS, SampleRequest, parse_numbers
+from job.requests import SampleRequest
 from job.runs.checkpoints import load_manifest, lost_manifest
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.records import check_network_named
 from job.runs.run import (
-    Editing,
     FoundGrid,
     RunHandle,
     SampleSetConfig,
@@ -50,9 +45,9 @@ from job.runs.run import (
     named_piece,
     open_run,
 )
+from job.sampling.given import NO_CONDITIONS, GivenConditions, GivenImages, given_conditions, given_images
 from job.stop import NEVER, Stop
 from job.store import Store
-from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,54 +57,11 @@ if TYPE_CHECKING:
     from ddpm.process import Point
     from ddpm.samplers import Denoiser, NoiseAt, Sampler
 
-RESAMPLINGS = 10
-"""The number of Lugmayr et al. 2022."""
-STRENGTHS = {"img2img": 0.6, "invert": 1.0}
-"""The default share of the steps of a mode."""
 PIECES_WANTED = 64
 """The preferred number of pieces: enough for a dozen slices to finish at about the same time."""
-ROW_IMAGES = 8
-"""Images of a row between two vectors."""
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
 """A killed process loses at most two pieces: one in upload, one half made."""
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """The given images of an editing mode."""
-
-    editing: Editing
-    images: np.ndarray | None = None
-    """uint8 [n, H, W, C]; None for interpolation between seeds."""
-    labels: Sequence[int] = ()
-    """The classes of images of the dataset."""
-    unknown: np.ndarray | None = None
-    """The part to replace, bool [H, W]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Told:
-    """The conditions that a command names, which the seeds take in turn."""
-
-    pictures: np.ndarray | None = None
-    """uint8, or uint16 of 16 bits, [n, h, w, C]."""
-    hidden: np.ndarray | None = None
-    """The part of them to fill in, bool [H, W]."""
-    rows: tuple[tuple[float, ...], ...] = ()
-    """VectorStatistics of numbers as in the dataset."""
-    is_row: bool = False
-    """Whether each seed takes all vectors, which become a row of a picture."""
-    sha256: str = ""
-    """The hash of it all."""
-
-    @property
-    def count(self) -> int:
-        """The number of pictures or vectors, whichever is larger."""
-        return max(0 if self.pictures is None else len(self.pictures), len(self.rows))
-
-
-NOT_TOLD = Told()
 
 
 @dataclass(frozen=True)
@@ -191,18 +143,18 @@ class SamplePlan(RunHandle):
     request: SampleRequest
     checkpoints: Sequence[CheckpointRef]
     worse: Worse | None
-    given: Given | None
+    given: GivenImages | None
     custom_sampler: OwnSampler | None
     found: tuple[int, ...] = ()
     """The numbers of the points of the found grid, once it is computed."""
-    told: Told = NOT_TOLD
+    conditions: GivenConditions = NO_CONDITIONS
     first: SamplePlan | None = None
     """The run whose images become the conditions, for `--then`."""
 
     @property
     def count(self) -> int | None:
         """The number of images to save; None: pictures of them instead."""
-        return self.request.count or (self.told.count if self.request.save else None)
+        return self.request.count or (self.conditions.count if self.request.save else None)
 
     @property
     def precision(self) -> str:
@@ -226,7 +178,7 @@ class SamplePlan(RunHandle):
         how = self.how_sampled
         how += f"-{self.custom_sampler.words}" if self.custom_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
-        how += f"-condition-{self.told.sha256[:12]}" if self.told.sha256 else ""
+        how += f"-condition-{self.conditions.sha256[:12]}" if self.conditions.sha256 else ""
         if (first := self.first) is not None:
             moment = first.label(first.checkpoints[0].images_seen)
             how += f"-of-{first.run.uri.rpartition('/')[2]}-{moment}-{first.how()}"
@@ -255,7 +207,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         return replace(second, first=first)
     of_run = open_run(request.bucket, request.run, stop)
     config, chosen = of_run.config, {**request.keys}
-    given, classes = _given(request, of_run), of_run.classes
+    given, classes = given_images(request, of_run), of_run.classes
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
     elif given and classes and len(given.labels):
@@ -286,7 +238,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         given=given,
         custom_sampler=custom_sampler,
         found=found_points(of_run.run, sample.steps) if sample.grid == "found" else (),
-        told=_told(request, of_run),
+        conditions=given_conditions(request, of_run),
     )
     if request.checkpoints == "latest" and (lost := lost_manifest(of_run.run, [*plan.checkpoints])):
         note(f"{lost}; sampling from the newest checkpoint that is there")
@@ -330,133 +282,6 @@ def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
             there = did_you_mean(word, classes) or f"; there are {len(classes):,}: {', '.join(classes)}"
             raise BadRequestError(f"--classes: there is no class {word!r}{there:.200}")
     return tuple(labels)
-
-
-def _given(request: SampleRequest, of_run: RunHandle) -> Given | None:
-    if not request.mode:
-        return None
-    if request.mode == "interpolate":
-        return Given(Editing(mode="interpolate"))
-    labels, name, index = list[int](), request.image, of_run.index
-    channels, size = of_run.pixel_shape[0], ImageSize(*of_run.pixel_shape[1:])
-    if index and index.encoding:
-        raise BadRequestError(f"--mode {request.mode} needs pixels, and {index.name} holds latents: leave it out")
-    if of_run.config.data.bits != 8 or channels not in (1, 3):
-        what = f"{of_run.config.data.bits} bits in {channels} channels"
-        raise BadRequestError(f"--mode {request.mode} edits 8 bits in 1 or 3 channels, and not {what}: leave it out")
-    if "--image" not in request.files:
-        from job.data.reading.cache import ImageCache
-
-        numbers = np.array(parse_numbers(name, "--image"))
-        if index is None:
-            raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
-        if max(numbers) >= index.images:
-            raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
-        cache = ImageCache(of_run.bucket, index)
-        # An image of the dataset keeps its own class.
-        images, labels = cache.read(numbers), cache.labels(numbers).tolist()
-    else:
-        recipe = Recipe(size, "center", index.resize_filter if index else "lanczos", channels, min_side=1)
-        image, name = _read_image("--image", name, recipe)
-        images = image[None]
-    if request.mode == "img2img" or request.mode == "invert":
-        strength = request.strength or STRENGTHS[request.mode]
-        return Given(Editing(mode=request.mode, image=name, strength=strength), images, labels)
-    unknown, mask = _unknown(request.mask or "half", size)
-    editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
-    return Given(editing, images, labels, unknown)
-
-
-def _unknown(mask: str, size: ImageSize) -> tuple[np.ndarray, str]:
-    """Returns the part of images that `--mask` names, bool [H, W], and its name, or the SHA-256 of its file."""
-    unknown, (height, width), name = np.zeros(size.shape, bool), size.shape, mask
-    if mask == "half":
-        unknown[:, width // 2 :] = True
-    elif mask == "centre":
-        unknown[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
-    else:
-        levels, name = _read_image("--mask", mask, Recipe(size, "center", "box", 1, min_side=1))
-        unknown = levels[:, :, 0] > 127
-    if unknown.all() or not unknown.any():
-        raise BadRequestError(f"--mask {mask}: inpaint replaces the white part, here all of it or nothing")
-    return unknown, name
-
-
-def _told(request: SampleRequest, of_run: RunHandle) -> Told:
-    """Returns the conditions that a command names.
-
-    Raises:
-        BadRequestError: the network takes no such condition, or a vector has other numbers.
-        MissingInputError, BadDataError: a file is missing, or damaged.
-    """
-    settings, size, index = of_run.config.condition, ImageSize(*of_run.config.image_shape[1:]), of_run.index
-    takes = {"condition": settings.channels, "vector": settings.vector, "vectors": settings.vector}
-    if wrong := [name for name, has in takes.items() if getattr(request, name) and not has]:
-        raise BadRequestError(f"--{wrong[0]}: run {request.run!r} has no condition of this kind: leave it out")
-    hidden, pictures, parts = None, None, list[str]()
-    if request.condition:
-        where = Path(request.condition)
-        files = sorted(path for path in where.iterdir() if not path.name.startswith(".")) if where.is_dir() else [where]
-        if not files:
-            raise MissingInputError(f"--condition {where} is an empty folder")
-        channels = of_run.config.image_shape[0] if settings.derive else settings.channels
-        recipe = Recipe(settings.small_size(size), "center", "bicubic", channels, min_side=1)
-        if index:
-            # In another range than the training's the network would see another brightness.
-            recipe = replace(recipe, bits=index.bits, pixel_range=index.pixel_range)
-            if not settings.derive:
-                # Another filter than that of packing would mix the values of a mask.
-                its_filter, its_range = index.condition_filter, index.condition_range
-                recipe = replace(recipe, resize_filter=its_filter, pixel_range=its_range)
-        read, hashes = zip(*(_read_image("--condition", str(path), recipe) for path in files), strict=True)
-        pictures, parts = np.stack(read), [*hashes]
-        if request.mask:
-            if not settings.derive.startswith("mask"):
-                raise BadRequestError(f"--mask: run {request.run!r} has not learnt masks: leave it out")
-            hidden, name = _unknown(request.mask, size)
-            parts.append(name)
-    names, is_row = index.vector_names if index else (), ":" in request.vector
-    if request.vector:
-        rows = [_numbers("--vector", part.split(","), names) for part in request.vector.split(":")]
-        if is_row:
-            rows = np.linspace(rows[0], rows[-1], ROW_IMAGES).tolist()
-    else:
-        rows = _read_rows(request.vectors, names) if request.vectors else []
-    parts += map(str, rows)
-    sha256 = hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
-    return Told(pictures, hidden, tuple(map(tuple, rows)), is_row, sha256)
-
-
-def _numbers(where: str, words: Sequence[str], names: Sequence[str]) -> list[float]:
-    with suppress(ValueError):
-        numbers = [*map(float, words)]
-        if len(numbers) == len(names) and all(map(isfinite, numbers)):
-            return numbers
-    raise BadRequestError(f"{where} {','.join(words):.99}: use {len(names)} finite numbers, of {', '.join(names)}")
-
-
-def _read_rows(file: str, names: Sequence[str]) -> list[list[float]]:
-    """Returns the vectors in a CSV file, whose first line may name its columns."""
-    with os_errors(f"--vectors {file}"):
-        lines = [line for line in csv.reader(Path(file).read_text(errors="replace").splitlines()) if line]
-    columns, first = [*range(len(names))], 1
-    if lines and {*names} <= {*lines[0]}:
-        head, *lines = lines
-        columns, first = [head.index(name) for name in names], 2
-    rows = [[line[column] for column in columns if column < len(line)] for line in lines]
-    if not 0 < len(rows) <= MAX_NUMBERS:
-        raise BadRequestError(f"--vectors {file} has {len(rows):,} vectors: use 1 to {MAX_NUMBERS:,}")
-    return [_numbers(f"--vectors {file}, line {number}:", row, names) for number, row in enumerate(rows, first)]
-
-
-def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
-    """Returns an image file of the machine of the command, resized, and the SHA-256 of the file."""
-    with os_errors(f"{option} {path}"):
-        encoded = Path(path).read_bytes()
-    try:
-        return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
-    except RejectedImageError as error:
-        raise BadDataError(f"{option} {path} {error}") from None
 
 
 def sample_kind(channels: int, levels: tuple[int, int]) -> str:
@@ -562,7 +387,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             worse_sha256=load_manifest(plan.worse.of_run.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
             # All that decides the images of the first run is in its own set.
-            conditions=plan_sets(plan.first)[0].config.fingerprint if plan.first else plan.told.sha256,
+            conditions=plan_sets(plan.first)[0].config.fingerprint if plan.first else plan.conditions.sha256,
             custom_sampler=f"{plan.custom_sampler.name} {plan.custom_sampler.sha256}" if plan.custom_sampler else "",
             found=plan.found,
             size=ImageSize(*plan.pixel_shape[1:]),

@@ -178,8 +178,8 @@ def test_a_long_outage_ends_training(proxy, remote_bucket, monkeypatch, at_step)
     monkeypatch.setattr(lease, "RETRY_SECONDS", 0.5)
     _, run = pack_few(remote_bucket)
     at_step[4] = lambda: eventually(lambda: saved(run)) and proxy.refuse()
-    done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="3")
-    assert "trying again for up to 3 s" in done.stderr
+    done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="6")
+    assert "trying again for up to 6 s" in done.stderr
     line = refused(done, Exit.BUCKET_AWAY)
     assert all(part in line for part in (f"ddpm: {remote_bucket}/runs/walk", "Connection refused", "s in all)"))
 

@@ -15,8 +15,9 @@ from PIL import Image
 from job.data.reading.cache import ImageCache, open_cache
 from job.data.reading.order import Order, stream_batches
 from job.data.shards import load_index
+from job.exits import Exit
 from job.store import open_store
-from tests.job.command_line import ran, refuses
+from tests.job.command_line import ddpm_here, ran, refuses
 from tests.job.some_images import encoded, folder_of, picture, tar_of, zip_of
 
 COUNT = 6
@@ -107,6 +108,9 @@ def test_masks_keep_their_values(tmp_path):
         found = ImageCache(store, index).conditions(np.arange(COUNT))
         greys = [Image.fromarray(classes * 50).resize((16, 16), expected, (0, 4, 40, 44)) for classes in CLASSES]
         assert index.condition_channels == 1 and np.array_equal(found[..., 0], np.stack([*map(np.asarray, greys)]))
+        again = ("data", "ensure", "x", "--source", *source, "--bucket", place)
+        assert ran(*again, *words) == ""
+        assert ddpm_here(*again, "--condition-filter", "bilinear").returncode == Exit.BAD_REQUEST
 
 
 def test_images_without_a_condition_are_named(tmp_path, caplog):

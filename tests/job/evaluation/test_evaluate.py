@@ -146,7 +146,7 @@ def test_evaluation_resumes_after_a_stop(bucket):
     shutil.rmtree(bucket / "runs/walk/evaluations")
     words = (*FEW, "--metrics", "fid,kid", "--batch-size", 1, "--sampler", "ddpm", "--steps", 12)
     process = started("evaluate", "--run", "walk", "--bucket", bucket, *words)
-    pieces = eventually(lambda: list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors")))
+    pieces = eventually(lambda: list(bucket.glob("runs/walk/evaluations/*/piece-*.safetensors")))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == Exit.STOPPED, process.stdout.read()
     findings = verify_run(open_store(str(bucket)), "walk")

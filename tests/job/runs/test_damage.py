@@ -37,7 +37,7 @@ NEVER_MISSED = re.compile(
     r".*/averages/ema-0\.2\.json|samples/([^/]*\.(png|gif)|[^/]*/index\.json)"
 )
 """No record names them: hints, pictures, the index of a batch, and what is made anew. Nor older manifests."""
-NOT_IN_A_RUN = {"IMAGE", "PROBE", "FEATURES", "FEATURE_RECORD", "FEATURE_CLAIM", "CLAIM", "NETWORK"}
+NOT_IN_A_RUN = {"IMAGE", "PROBE", "FITTING", "FEATURES", "FEATURE_RECORD", "FEATURE_CLAIM", "CLAIM", "NETWORK"}
 """What only --save png, a kill and a network of one's own leave."""
 
 

@@ -175,8 +175,13 @@ def test_sixteen_bits_with_pairs_and_numbers_from_files_to_scores(tmp_path: Path
     assert all(np.abs(drawn[2] - other).max() > 4 for other in (drawn[1], drawn[3]))
     every = np.stack(drawn)
     assert low <= every.min() and 255 < every.max() <= high and len(np.unique(every)) > 256
+    model = job.load(tmp_path / "runs/deep")
     with pytest.raises(ValueError, match="more than 8 bits"):
-        job.load(tmp_path / "runs/deep").sample(condition=tmp_path / "other_one/00.png", vector=(1, 2), as_tensor=True)
+        model.sample(condition=tmp_path / "other_one/00.png", vector=(1, 2), as_tensor=True)
+    other = Image.fromarray(np.random.default_rng(1).choice([0, 255], (8, 8)).astype(np.uint8))
+    alike = (other, other.resize((16, 16), Image.Resampling.LANCZOS))
+    drawn = [model.sample(condition=each, vector=(1, 2), seed=3, as_tensor=True) for each in alike]
+    assert drawn[0].equal(drawn[1]), "the filter of packing resizes them"
 
     said = ran("evaluate", *about, "--metrics", "paired", "--count", 12)
     (psnr,) = [line.split()[1:] for line in said.splitlines() if line.startswith("psnr")]
