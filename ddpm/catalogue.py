@@ -209,6 +209,9 @@ class Consistency:
     draws_mean: Annotated[float, Interval(ge=-100, le=100), "mean of ln(sigma/alpha) of the noisier point"] = 0.0
     draws_std: Annotated[float, Interval(gt=0, le=100), "deviation of ln(sigma/alpha)"] = 1.6
     huber: Annotated[Positive, "c of the pseudo-Huber distance, for images in [-1, 1]"] = 0.03
+    guidance: Annotated[
+        float, Interval(ge=1, le=100), "scale of the parent's guidance, which the network learns; 1: off"
+    ] = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness
-from ddpm.catalogue import STAGES, Consistency
+from ddpm.catalogue import GUIDED, STAGES, Consistency
+from ddpm.conditions import without
 from ddpm.networks.layers import repeat_dropout
 from ddpm.objective import QUARTILES, UNCONDITIONAL, Condition, Drawn, Network, Objective
 from ddpm.process import Point
 
 NEARER_AT_LITTLE_NOISE = 8.0
 """k of the curriculum 1 + k sigmoid(-b t) with b = 1 (Geng et al. 2024, section 3.3 and their code)."""
+TEACHER = "teacher"
+"""The name of the average that keeps the first weights, with which the teacher guides."""
 
 
 def stage_at(tuning: Consistency, images_seen: int) -> int:
@@ -32,6 +35,10 @@ class ConsistencyObjective(Objective):
     """The distance of two estimates of x_0 along a trajectory (Song et al. 2023, equation 9; Geng et al. 2024)."""
 
     tuning: Consistency = field(default_factory=Consistency)
+    teacher: Network | None = None
+    """A denoiser in evaluation mode, whose trajectories the network learns with `tuning.guidance` other than 1."""
+    null_class: int = 0
+    """The number of the class for images without a class, for guidance."""
 
     def draw(self, seed: int, image_numbers: Tensor, batch_size_images: int) -> Tensor:
         """Draws for each image a point with ratio σ/α = τ, log-normal, and one with less noise, ρ < τ.
@@ -77,14 +84,31 @@ class ConsistencyObjective(Objective):
         """
         assert drawn.further is not None
         t, alpha, sigma, scale = drawn.further
-        with torch.no_grad():
-            estimate = self._estimate(network, x_start, noise, Point(t, alpha, sigma), scale, condition)
-            target = torch.where(sigma.view(-1, 1, 1, 1) > 0, estimate, x_start)
-        repeat_dropout()
         point = Point(drawn.t, drawn.alpha, drawn.sigma)
+        with torch.no_grad():
+            end, direction = self._line(x_start, noise, point, drawn.input_scale, condition)
+            estimate = self._estimate(network, end, direction, Point(t, alpha, sigma), scale, condition)
+            target = torch.where(sigma.view(-1, 1, 1, 1) > 0, estimate, end)
+        repeat_dropout()
         difference = self._estimate(network, x_start, noise, point, drawn.input_scale, condition) - target
         c = self.tuning.huber
         return drawn.weight * ((difference.square().mean(dim=(1, 2, 3)) + c**2).sqrt() - c)
+
+    def _line(
+        self, x_start: Tensor, noise: Tensor, at: Point[Tensor], scale: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the x_0 and the noise of the nearer point.
+
+        With a teacher this is Euler's step along its guided flow (Song et al. 2023, algorithm 2; Luo et al. 2023,
+        "Latent Consistency Models", section 4.2): x_0 is D = D_null + w (D_cond - D_null), and the noise (x_t - α D)/σ.
+        """
+        if self.tuning.guidance == 1:
+            return x_start, noise
+        assert self.teacher is not None, "the unguided loss would be another one"
+        less = without(condition, [(name, True) for name in GUIDED.values() if name], self.null_class)
+        better, worse = (self._estimate(self.teacher, x_start, noise, at, scale, each) for each in (condition, less))
+        end = worse + self.tuning.guidance * (better - worse)
+        return end, noise + (at.alpha / at.sigma).view(-1, 1, 1, 1) * (x_start - end)
 
     def _estimate(
         self, network: Network, x_start: Tensor, noise: Tensor, at: Point[Tensor], scale: Tensor, condition: Condition

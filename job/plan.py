@@ -70,6 +70,8 @@ _OF_PARENT = ("model.", "network.", "condition.", "diffusion.", "data.augment", 
 """The beginnings of keys that a run takes from its parent."""
 _OWN = ("model.num_classes", "condition.channels", "condition.vector", "train.precision", "train.freeze")
 """Keys that it never takes."""
+_INPUTS = ("model.num_classes", "condition.derive", *_LATER)
+"""Keys of a network's inputs, on which it must agree with its teacher."""
 _OPEN = (None, "auto")
 """Values that leave a setting to the machine."""
 
@@ -126,6 +128,14 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         fit = f"the weights of {changes['parent.run']} fit another network ({others})"
         channels = f", or pack the images with --channels {theirs['data.channels']}" * ("data.channels" in differing)
         raise BadConfigError(f"{fit}: leave out these settings, or --from{channels}")
+    if config.consistency.guidance != 1:
+        unfit = {key: theirs.get(key) for key in _INPUTS if (theirs.get(key) or 0) != (ours[key] or 0)}
+        unfit |= {} if parent.model.label_dropout else {"model.label_dropout": 0}
+        unfit |= {"diffusion.objective": "consistency"} if parent.diffusion.objective == "consistency" else {}
+        if unfit:
+            needs = "needs a parent that denoises with the run's classes and conditions, and without them"
+            its = ", ".join(f"{key}={value}" for key, value in unfit.items())
+            raise BadConfigError(f"consistency.guidance={config.consistency.guidance:g} {needs}: {name} has {its}")
     return config.updated(pinned)
 
 
@@ -221,6 +231,8 @@ def plan_run(
         kept = {key: before.get(key) for key in suits.keys() - {"train.micro_batch_size"}}
         config = config.updated(suits | {key: value for key, value in kept.items() if value not in _OPEN})
     check_sampling(config)
+    if config.consistency.guidance != 1 and not config.has_teacher:
+        raise BadConfigError(f"consistency.guidance={config.consistency.guidance:g} needs a parent: type --from RUN")
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(f"run {request.run!r} lacks its imported checkpoint: type the same `ddpm import` again")
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
@@ -246,7 +258,10 @@ def _in_few_steps(config: RunConfig, index: DatasetIndex) -> dict[str, Any]:
     At the rate of the parent a network forgets more than it learns.
     """
     images = images_at_epoch(config.train.epochs, index.images, config.train.batch_size)
-    sampling = {"sample.sampler": "consistency", "sample.grid": "renoise", "sample.steps": 2}
+    sampling: dict[str, Any] = {"sample.sampler": "consistency", "sample.grid": "renoise", "sample.steps": 2}
+    if config.consistency.guidance != 1:
+        # It would act twice.
+        sampling["sample.guidance"] = 1.0
     rate = {"train.learning_rate": config.train.learning_rate / 6}
     return sampling | rate | {"consistency.stage_images": max(1, images // catalogue.STAGES)}
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
-from ddpm.consistency import ConsistencyObjective
+from ddpm.consistency import TEACHER, ConsistencyObjective
 from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction, Profile
 from ddpm.model import Sampling
 from ddpm.networks import memory_format_of
 from ddpm.networks.adapter import build_adapted, check_adapted
-from ddpm.objective import Condition, Objective
+from ddpm.objective import Condition, Network, Objective
 from ddpm.process import Prediction, Process, make_process
 from ddpm.state import TrainState, create_state
 from job.config import RunConfig
@@ -130,11 +130,11 @@ def prediction_of(config: RunConfig) -> Prediction:
     return Prediction(config.diffusion.prediction, config.diffusion.sigma_data)
 
 
-def objective_of(config: RunConfig) -> Objective:
-    """Returns the training loss."""
+def objective_of(config: RunConfig, teacher: Network | None = None) -> Objective:
+    """Returns the training loss; a run that `has_teacher` needs its network."""
     parts = process_of(config), prediction_of(config), config.diffusion, config.sample, 2**config.data.bits
     if config.diffusion.objective == "consistency":
-        return ConsistencyObjective(*parts, config.consistency)
+        return ConsistencyObjective(*parts, config.consistency, teacher, config.model.num_classes or 0)
     return Objective(*parts)
 
 
@@ -150,7 +150,9 @@ def settings_of(config: RunConfig) -> training.LoopSettings:
 def initial_state(network: nn.Module, config: RunConfig, rank: int = 0, world_size: int = 1) -> TrainState:
     """Returns the state of training before the first image; collective if processes divide it."""
     kind = HostEMA if config.ema.device == "cpu" else EMA
-    return create_state(network, config.train, settings_of(config).averages, kind, rank=rank, world_size=world_size)
+    # No step updates that of the teacher.
+    names = [*settings_of(config).averages, *([TEACHER] if config.has_teacher else [])]
+    return create_state(network, config.train, names, kind, rank=rank, world_size=world_size)
 
 
 def sampling_of(config: SamplerConfig) -> Sampling:

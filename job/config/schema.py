@@ -378,6 +378,11 @@ class RunConfig(ConfigSection):
         return self.data.channels, *self.image_size.shape
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether training keeps the weights of the parent, whose guidance the network learns."""
+        return self.consistency.guidance != 1 and self.parent.run is not None
+
+    @property
     def is_conditioned(self) -> bool:
         """Whether the network gets a condition image or vector."""
         return bool(self.condition.derive or self.condition.channels or self.condition.vector)
@@ -476,6 +481,7 @@ def best_checkpoint_has_a_score(config: RunConfig) -> None:
 def samples_use_what_is_learnt(config: RunConfig) -> None:
     """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
     sample, classes, names = config.sample, config.model.num_classes, len(config.data.classes)
+    jumps, distilled = config.diffusion.objective == "consistency", config.consistency.guidance
     if names and classes is not None and names != classes:
         raise ValueError(f"data.classes (of id2label.json) has {names:,} names, but the network {classes:,} classes")
     if config.model.label_dropout and classes == 0 and not config.is_conditioned:
@@ -487,6 +493,9 @@ def samples_use_what_is_learnt(config: RunConfig) -> None:
     if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
         unlearnt = "needs a run that began with model.label_dropout=0.1, or --autoguidance [RUN@]EPOCH"
         raise ValueError(f"sample.guidance={sample.guidance:g} {unlearnt}")
+    if distilled != 1 and not (jumps and config.model.label_dropout):
+        needs = "needs diffusion.objective=consistency, and --from a run that began with model.label_dropout=0.1"
+        raise ValueError(f"consistency.guidance={distilled:g} {needs}")
     if sample.autoguidance and sample.guidance == 1:
         raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
     if sample.labels and classes is not None and max(sample.labels) >= classes:

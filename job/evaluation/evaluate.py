@@ -23,7 +23,7 @@ from ddpm.catalogue import METRICS
 from ddpm.conditions import learnt
 from ddpm.memory import Fitting
 from ddpm.model import Sampling
-from ddpm.objective import Condition, Drawn, spread_over_steps
+from ddpm.objective import Condition, Drawn, Network, spread_over_steps
 from ddpm.state import LossLog, loss_row
 from job.config import RunConfig, method
 from job.coordination.pieces import IF_NONE_RUNS, WHOLE, Advance, Made, Slice
@@ -335,7 +335,9 @@ class Evaluator:
         return painter.ranks.only_on_main(score) or {}
 
 
-def validation_row(painter: Painter, images: ImageCache, latents: Latents | None = None) -> Row:
+def validation_row(
+    painter: Painter, images: ImageCache, latents: Latents | None = None, teacher: Network | None = None
+) -> Row:
     """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` and so on. Collective.
 
     The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
@@ -345,11 +347,12 @@ def validation_row(painter: Painter, images: ImageCache, latents: Latents | None
         painter: has the weights, such as averaged ones, and the settings of the run.
         images: the held-out images, of which it takes `log.validate_images` at most.
         latents: the distribution of latents, for a run on them.
+        teacher: the network of the loss's teacher, for a run that has one.
 
     Raises:
         StoppedError: one of the processes got a stop request; it raises on all of them at the same batch.
     """
-    config, objective = painter.config, method.objective_of(painter.config)
+    config, objective = painter.config, method.objective_of(painter.config, teacher)
     count = min(config.log.validate_images, images.index.images)
     numbers = np.linspace(0, images.index.images - 1, count).astype(np.int64)
     # Images are in order of classes: without a permutation each class would get its own part of the draws.

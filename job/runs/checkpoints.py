@@ -326,7 +326,7 @@ def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> Mani
     try:
         return load_average(run, ref, group)
     except ObjectMissingError:
-        averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
+        averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer", "teacher"))
         raise MissingInputError(
             f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
             f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"

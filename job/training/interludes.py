@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpm import figures
+from ddpm.consistency import TEACHER
 from job.data.latents import latents_of, load_decoder
 from job.data.reading.cache import ImageCache, open_cache
 from job.evaluation.evaluate import Evaluator, validation_row
@@ -75,7 +76,8 @@ class Interludes:
         held_out = self._attempt.held_out
         assert held_out is not None
         painter = self._painter("ema", self._config.train.precision)
-        row = validation_row(painter, held_out, latents_of(self._plan.index))
+        teacher = self._painter(TEACHER, self._config.train.precision).predict if self._config.has_teacher else None
+        row = validation_row(painter, held_out, latents_of(self._plan.index), teacher)
         if self._attempt.recorder is not None:
             self._attempt.recorder.add_row(row)
 

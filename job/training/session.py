@@ -15,7 +15,7 @@ from functools import partial
 from torch import nn
 
 from ddpm import training
-from ddpm.consistency import stage_at
+from ddpm.consistency import TEACHER, stage_at
 from ddpm.optimizer import learning_rate_at
 from ddpm.precision import autocast
 from ddpm.state import TrainState, loss_row
@@ -110,7 +110,7 @@ class Loop:
         """
         self.config, self.images, self.ranks, self.state, self.stop = config, images, ranks, state, ranks.stop
         self.batch_size, self.device = config.train.batch_size, ranks.device
-        self.objective = method.objective_of(config)
+        self.objective = method.objective_of(config, self._teacher() if config.has_teacher else None)
         self.settings = replace(method.settings_of(config), latents=latents_of(images.index))
         self.slots = compute.slots_of(config.train, ranks)
         # Smaller parts of a slot would be rounded otherwise.
@@ -132,12 +132,22 @@ class Loop:
             stop=self.stop,
         )
 
+    def _cast(self, network: nn.Module) -> nn.Module:
+        """Returns the network itself, compiled if so configured, and wrapped for autocast."""
+        if self.config.train.compile and self.device.type == "cuda":
+            network.compile()
+        network.forward = autocast(self.config.train.precision, self.device.type)(network.forward)
+        return network
+
+    def _teacher(self) -> nn.Module:
+        """Returns a network with the parent's weights. Collective."""
+        network = method.build_network(self.config, self.device).eval()
+        self.state.load_average(TEACHER, network)
+        return self._cast(network)
+
     def _wrapped(self) -> nn.Module:
-        """Returns the model compiled if so configured, and wrapped for autocast and, without slots, for DDP."""
-        model, options = self.state.model, self.settings.train
-        if options.compile and self.device.type == "cuda":
-            model.compile()
-        model.forward = autocast(options.precision, self.device.type)(model.forward)
+        """Returns the model after `_cast`, and without slots wrapped for DDP."""
+        model, options = self._cast(self.state.model), self.settings.train
         # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
         # In evaluation mode it is not wrapped for DDP.
         is_whole = self.slots is not None

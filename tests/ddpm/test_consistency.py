@@ -1,10 +1,14 @@
 """Sampling in one or two steps: the loss against the published code's formula, and jumps against a known flow."""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 from benchmarks.solvers import Mixture, rms
@@ -16,9 +20,9 @@ from ddpm.networks.layers import dropout_of
 from ddpm.objective import Condition, Drawn
 from ddpm.process import CLEAN, Point, Prediction, make_process
 from ddpm.samplers import consistency
-from tests.ddpm.known import build, no_noise, normal
+from tests.ddpm.known import build, no_noise, normal, randomise
 
-IMAGES, SEED = 6, 3
+IMAGES, BATCH_IMAGES, SEED = 6, 512, 3
 COSINE = Diffusion("cosine")
 STAGED = Consistency(stage_images=12, factor=2.0, draws_mean=-1.1, draws_std=2.0, huber=0.01)
 
@@ -70,6 +74,34 @@ def test_loss_and_gradients_are_those_of_ecm(kind: str, first_image: int) -> Non
         assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max() + 1))
 
 
+@pytest.mark.parametrize("first_image", [0, 1200])
+def test_a_guided_teacher_gives_the_nearer_point(first_image: int) -> None:
+    """In ε: Luo et al. 2023 guide it, and step by DDIM (Song et al. 2021, equation 12). Image 3 has no class."""
+    tuned = objective("cosine", "epsilon", replace(STAGED, guidance=2.5, draws_std=1.0))
+    student, teacher = (build("unet", num_classes=3, null_class=True, dropout=dropout) for dropout in (0.3, 0.0))
+    randomise(teacher, seed=1)
+    x_start, noise = normal(0, (2, IMAGES, 3, 16, 16), torch.float32)
+    drawn = Drawn.of(tuned.draw(SEED, first_image + torch.arange(IMAGES), IMAGES))
+    labels, none = torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((IMAGES,), 3)
+    t, s = drawn.t, drawn.further[0]
+    alpha, sigma, alpha_s, sigma_s = (row.view(-1, 1, 1, 1) for row in (*drawn[1:3], *drawn.further[1:3]))
+    with dropout_of(SEED, first_image):
+        guided = replace(tuned, teacher=teacher.eval(), null_class=3)
+        found = guided.losses(student, x_start, noise, drawn, Condition(labels))
+
+    x_t = alpha * x_start + sigma * noise
+    with torch.no_grad(), dropout_of(SEED, first_image):
+        epsilon = (1 + 1.5) * teacher(x_t, t, Condition(labels)) - 1.5 * teacher(x_t, t, Condition(none))
+        ended = (x_t - sigma * epsilon) / alpha
+        x_s = alpha_s * ended + sigma_s * epsilon
+        target = (x_s - sigma_s * student(x_s, s, Condition(labels))) / alpha_s
+        target = torch.where(sigma_s > 0, target, ended)
+        squares = ((x_t - sigma * student(x_t, t, Condition(labels))) / alpha - target).square().mean(dim=(1, 2, 3))
+    expected = ((alpha / sigma).flatten() ** 2 + 4) * ((squares + 0.01**2).sqrt() - 0.01)
+    assert (sigma_s == 0).any() == (first_image == 0)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_draws_follow_their_distribution_and_stages_the_batches() -> None:
     tuned = objective("edm", "edm")
     log_sigma = tuned.draw(SEED, torch.arange(20_000), 20_000)[2].double().log()
@@ -111,17 +143,20 @@ def test_levels_of_two_steps(schedule: str) -> None:
 class Small(nn.Module):
     """A network for images of two pixels."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, classes: int = 0) -> None:
         super().__init__()
-        self.scale, width = scale, 128
+        self.scale, self.classes, width = scale, classes, 128
         self.layers = nn.Sequential(
-            *(nn.Linear(2 + 8, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(2 + 8 + classes, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
             *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
         )
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, _: Condition) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         angles = self.scale * t[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0])
-        return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)).view_as(x)
+        parts = [x.flatten(1), angles.sin(), angles.cos()]
+        if condition.labels is not None:
+            parts.append(one_hot(condition.labels, self.classes))
+        return self.layers(torch.cat(parts, dim=1)).view_as(x)
 
 
 def mixture(seed: int, images: int) -> torch.Tensor:
@@ -131,30 +166,80 @@ def mixture(seed: int, images: int) -> torch.Tensor:
     return values.view(images, 1, 1, 2).float()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "prediction"), [("edm", "edm"), ("flow", "flow"), ("cosine", "v")])
-def test_one_step_ends_where_the_flow_ends(schedule: str, prediction: str) -> None:
-    """Nine peaks: the jump from noise leads to the end of the exact trajectory, and nearer to it with training."""
-    steps, batch_images = 3000, 512
-    tuning = Consistency(stage_images=steps * batch_images // 8, factor=2.0, draws_mean=-0.5, draws_std=2.0, huber=0.1)
-    tuned, data = objective(schedule, prediction, tuning), Mixture()
-    torch.manual_seed(0)
-    network = Small(1.0 if schedule == "edm" else 0.003)
+def tuned_to(steps: int, guidance: float = 1.0) -> Consistency:
+    """Stages that end with so many steps of 512 images."""
+    stage_images = steps * BATCH_IMAGES // 8
+    return Consistency(stage_images, 2.0, draws_mean=-0.5, draws_std=2.0, huber=0.1, guidance=guidance)
+
+
+def learning(
+    tuned: ConsistencyObjective, network: Small, steps: int, batch: Callable[[], tuple[torch.Tensor, Condition]]
+) -> Iterator[None]:
+    """Trains the network on drawn images; yields after each third of the steps."""
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    denoise = make_denoiser(network, tuned.process, tuned.prediction, clip=False)
-    points, images = make_grid(tuned.process, 1, "renoise"), mixture(0, 200_000)
-    noise = max(1.0, points[0].sigma) * normal(5, (500, 1, 1, 2))
-    exact, errors = data.flow(noise, points[0], CLEAN), list[float]()
     for step in range(steps):
-        chosen = images[torch.randint(len(images), (batch_images,))]
-        drawn = Drawn.of(tuned.draw(SEED, step * batch_images + torch.arange(batch_images), batch_images))
+        chosen, condition = batch()
+        drawn = Drawn.of(tuned.draw(SEED, step * BATCH_IMAGES + torch.arange(BATCH_IMAGES), BATCH_IMAGES))
         optimizer.zero_grad()
-        tuned.losses(network, chosen, torch.randn_like(chosen), drawn).mean().backward()
+        tuned.losses(network, chosen, torch.randn_like(chosen), drawn, condition).mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         rate.step()
         if step % (steps // 3) == steps // 3 - 1:
-            jumped = consistency(denoise, noise.float(), points, no_noise)
-            errors.append(rms(jumped - exact) / float(images.std()))
+            yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "prediction"), [("edm", "edm"), ("flow", "flow"), ("cosine", "v")])
+def test_one_step_ends_where_the_flow_ends(schedule: str, prediction: str) -> None:
+    """Nine peaks: the jump from noise leads to the end of the exact trajectory, and nearer to it with training."""
+    tuned, data = objective(schedule, prediction, tuned_to(3000)), Mixture()
+    torch.manual_seed(0)
+    network = Small(1.0 if schedule == "edm" else 0.003)
+    denoise = make_denoiser(network, tuned.process, tuned.prediction, clip=False)
+    points, images = make_grid(tuned.process, 1, "renoise"), mixture(0, 200_000)
+    noise = max(1.0, points[0].sigma) * normal(5, (500, 1, 1, 2))
+    exact, errors = data.flow(noise, points[0], CLEAN), list[float]()
+    for _ in learning(tuned, network, 3000, lambda: (images[torch.randint(len(images), (BATCH_IMAGES,))], Condition())):
+        jumped = consistency(denoise, noise.float(), points, no_noise)
+        errors.append(rms(jumped - exact) / float(images.std()))
+    assert errors[0] > errors[-1] <= 0.1, errors
+
+
+MEANS, DEVIATION = torch.tensor([[-0.5, 0.4], [0.3, 0.5], [0.1, -0.6]]), 0.3
+
+
+def of_three_classes(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """F of the denoiser of normal images, of one class or, with the fourth, of any (Karras et al. 2022, table 1)."""
+    sigma = (4 * t).exp()[:, None]
+    root = (sigma**2 + 0.25).sqrt()
+    away, variance = (x.flatten(1) * root)[:, None] - MEANS, (DEVIATION**2 + sigma**2)[:, :, None]
+    likely = (-(away**2) / (2 * variance)).sum(dim=2).softmax(dim=1)
+    shares = torch.where(condition.labels[:, None] == 3, likely, one_hot(condition.labels, 4)[:, :3])
+    denoised = (shares[:, :, None] * (MEANS + DEVIATION**2 / variance * away)).sum(dim=1)
+    return (denoised * root / (0.5 * sigma) - 0.5 / sigma * x.flatten(1)).view_as(x)
+
+
+@pytest.mark.slow
+def test_one_step_ends_where_the_guided_flow_ends() -> None:
+    """Three classes, whose exact denoiser is the teacher."""
+    tuned = replace(objective("edm", "edm", tuned_to(2000, guidance=2.0)), teacher=of_three_classes, null_class=3)
+    torch.manual_seed(0)
+    network = Small(1.0, classes=4)
+
+    def batch() -> tuple[torch.Tensor, Condition]:
+        classes = torch.randint(3, (BATCH_IMAGES,))
+        images = MEANS[classes] + DEVIATION * torch.randn(BATCH_IMAGES, 2)
+        return images.view(-1, 1, 1, 2), Condition(classes)
+
+    (first, _), labels = make_grid(tuned.process, 1, "renoise"), torch.arange(600) % 3
+    x = noise = first.sigma * normal(5, (600, 1, 1, 2), torch.float32)
+    for sigma, less in pairwise([*torch.logspace(math.log10(first.sigma), -3, 500), torch.tensor(0.0)]):
+        root, t = (sigma**2 + 0.25).sqrt(), (sigma.log() / 4).expand(600)
+        outputs = [of_three_classes(x / root, t, Condition(those)) for those in (labels, torch.full((600,), 3))]
+        of_class, of_any = (0.25 / root**2 * x + 0.5 * sigma / root * output for output in outputs)
+        x = x + (less - sigma) / sigma * (x - (2 * of_class - of_any))
+    denoise = make_denoiser(network, tuned.process, tuned.prediction, Condition(labels), clip=False)
+    errors = [rms(denoise(noise, first) - x) / float(x.std()) for _ in learning(tuned, network, 2000, batch)]
     assert errors[0] > errors[-1] <= 0.1, errors

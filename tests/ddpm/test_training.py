@@ -8,6 +8,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch import Tensor, multiprocessing, nn
 from ddpm import precision as precision_module
 from ddpm import training
 from ddpm.augment import Augmentation
-from ddpm.catalogue import NETWORKS, Conditioning, Diffusion, Train
+from ddpm.catalogue import NETWORKS, Conditioning, Consistency, Diffusion, Train
+from ddpm.consistency import TEACHER, ConsistencyObjective
 from ddpm.ema import EMA, Exponential, HostEMA, PowerFunction
 from ddpm.networks.layers import Dropout, dropout_of
 from ddpm.objective import Condition, Objective
@@ -32,7 +34,7 @@ from ddpm.process import Prediction, make_process
 from ddpm.slots import Slots, kernels_of, subtrees
 from ddpm.state import TrainState, create_state, loss_row
 from ddpm.threads import Threads, group_of
-from tests.ddpm.known import TOLD, build, normal
+from tests.ddpm.known import TOLD, build, normal, randomise
 from tests.little_memory import LittleMemory
 
 BATCH_IMAGES, SIZE, CLASSES = 16, 8, 3
@@ -49,6 +51,8 @@ CASES: list[dict[str, Any]] = [
     {"kind": "unet", "conditioning": Conditioning("mask:brush", noise=0.5, channels=4), "micro_batch_size": 1},
     {"kind": "edm2", "conditioning": Conditioning(noise=0.5, channels=1, vector=2)},
     {"kind": "dit", "conditioning": Conditioning("jpeg:30", channels=3, vector=2)},
+    {"kind": "unet", "network": {"dropout": 0.1}, "conditioning": Conditioning("downscale:2", channels=3, vector=2)}
+    | {"guidance": 2.0},
 ]
 CPU = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, backward=Tensor.backward, no_sync=lambda network: nullcontext()
@@ -96,11 +100,17 @@ def learnt(
     network: dict[str, Any] | None = None,
     average: type[EMA] = EMA,
     conditioning: Conditioning = UNTOLD,
+    guidance: float = 1.0,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Returns weights, moments, averages and sums of the losses after some steps."""
     objective, settings = objective_and_settings(kind, precision=precision, **options)
     settings = replace(settings, conditioning=conditioning)
+    if guidance != 1:
+        parts = objective.process, objective.prediction, replace(objective.diffusion, self_conditioning=False)
+        objective = ConsistencyObjective(
+            *parts, tuning=Consistency(BATCH_IMAGES, guidance=guidance), null_class=CLASSES
+        )
     told = {"self_conditioning": objective.diffusion.self_conditioning}
     told |= {"augmentation_labels": settings.augmentation.labels, **({"uncertainty": True} if kind == "edm2" else {})}
     told |= {"condition_channels": conditioning.channels, "vector_size": conditioning.vector}
@@ -109,7 +119,13 @@ def learnt(
         memory_format=memory_format
     )
     place = {"rank": slots.rank, "world_size": slots.world_size} if slots else {}
-    state = create_state(model, settings.train, settings.averages, average, **place)
+    averages = [*settings.averages, *([TEACHER] if guidance != 1 else [])]
+    state = create_state(model, settings.train, averages, average, **place)
+    if isinstance(objective, ConsistencyObjective):
+        teacher = deepcopy(model).eval()
+        randomise(teacher, seed=1)
+        state.load_average(TEACHER, teacher)
+        objective = replace(objective, teacher=Slow(teacher, precision, seconds))
     batches = batches_of(steps, list(slots.places if slots else range(BATCH_IMAGES)), conditioning)
     slow = Slow(model, precision, seconds)
     training.train(state, slow, batches, objective, settings, CPU, hooks, slots, threads)

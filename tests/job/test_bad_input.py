@@ -117,6 +117,8 @@ SETTINGS = [
     ("train.seed=2020-99-99", "not valid YAML"),
     ("diffusion.objective=consistency diffusion.self_conditioning=on",
      "diffusion.objective=consistency compares estimates of the image alone: not self_conditioning=true"),
+    ("consistency.guidance=2",
+     "consistency.guidance=2 needs diffusion.objective=consistency, and --from a run that began with"),
     ("train.shard_optimizer=on", "train.shard_optimizer=true needs … slots … set train.exact=true"),
     ("sample.steps=5000", "sample.steps=5000 … diffusion.timesteps=1000"),
 ]  # fmt: skip
@@ -147,6 +149,8 @@ UNFIT = [
     ("sample --run walk --weights ema-0.05", 66, "no weights ema-0.05 (it has ema, ema-0.1) … walk --std 0.05"),
     ("ema --run walk --std 0.05 --checkpoints 7", 66, "no checkpoint of epoch 7"),
     ("sample --run walk --steps 51", 78, "sample.steps=51 exceeds diffusion.timesteps=50"),
+    ("train --dataset tiles --run new --set diffusion.objective=consistency --set model.label_dropout=0.1 --set "
+     "consistency.guidance=2", 78, "consistency.guidance=2 needs a parent: type --from RUN"),
     ("data verify tiles --size 8", 66, "'tiles' at 8 pixels … there is tiles-16"),
     ("data pack landscape-sample tiles --size 16", 64, "tiles-16 is there already … 299 images"),
     ("data pack {bucket}/nothing.zip new --size 8", 66, "nothing at … nothing.zip … folder or an archive"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -207,10 +208,42 @@ def test_a_preset_gives_what_is_not_of_the_network(bucket):
     assert (ours["preset"], ours["train"]["learning_rate"], ours["data"]["flip"]) == ("fashion-mnist", 5e-4, False)
 
 
+@pytest.mark.slow
+def test_a_child_keeps_the_teacher_that_guides_it(bucket):
+    """Its classes and condition images, too. The guidance of the preset does not act a second time."""
+    told = "model.label_dropout=0.1 condition.derive=downscale:2"
+    few = "diffusion.objective=consistency consistency.guidance=2"
+    ran("data", "pack", "landscape-sample", "shown", "--size", 16, "--hold-out", "20%", "--bucket", bucket)
+    begin = partial(child, bucket, dataset="shown")
+    succeeded(begin(sets=told, run="told"))
+    given = weights(bucket, "told", 264, "ema")
+    succeeded(begin("--preset", "dit", of="told", sets=few))
+    assert config_of(bucket)["sample"]["guidance"] == 1
+    for sets, said in (
+        (f"{few} condition.derive=grey", "the weights of told fit another network"),
+        (f"{few} condition.derive=blur:2", "without them: told has condition.derive=downscale:2"),
+    ):
+        assert said in refused(begin(of="told", run="new", sets=sets), Exit.BAD_CONFIG)
+    again = refused(begin(of="child", run="new", sets=f"{few} model.label_dropout=0.2"), Exit.BAD_CONFIG)
+    assert "without them: child has diffusion.objective=consistency" in again
+    said = refused(begin(of="told", sets=few.replace("2", "3"), epochs=2), Exit.BAD_CONFIG)
+    assert "consistency.guidance: the run has 2.0, asked for 3.0" in said
+    shutil.rmtree(bucket / "runs" / "told")
+    succeeded(begin(of="", epochs=2))
+    for images_seen in (264, 504):
+        assert unequal(given, weights(bucket, "child", images_seen, "teacher")) == set()
+    run = open_store(str(bucket)).sub("runs/child")
+    rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics, pytest.fail)
+    assert [row["images_seen"] for row in rows if "val_loss" in row] == [0, 264, 504]
+    assert len(list((bucket / "runs/child/samples").glob("epoch-0002-consistency-2*"))) == 1
+
+
 UNFIT = [
     ("--from walk@2", 66, "no checkpoint of epoch 2 … there are: 1, 3"),
     ("--from nobody", 66, "no run 'nobody'"),
     ("--from {bucket}/runs/nobody", 66, "no run 'nobody' in {bucket}"),
+    ("--from walk --set model.label_dropout=0.1 --set diffusion.objective=consistency --set consistency.guidance=2", 78,
+     "consistency.guidance=2 needs a parent that denoises … without them: walk has model.label_dropout=0"),
     ("--from {bucket}/walk", 64, "is not the folder of a run"),
     ("--from walk --weights ema-0.05", 66, "no weights ema-0.05 (it has ema, ema-0.1) … ddpm ema --run walk"),
     ("--from walk --weights mean", 64, "--weights 'mean'"),

@@ -377,7 +377,7 @@ def losses_of(run):
     [
         *("train.precision=fp32", "train.precision=fp16", "train.optimizer=adamw8bit", "ema.device=cpu"),
         "train.shard_optimizer=true",
-        "diffusion.objective=consistency",
+        *("diffusion.objective=consistency", "consistency.guidance=2"),
     ],
 )
 def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting):
@@ -391,7 +391,11 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting)
     words = ("--epochs", 2, "--set", "train.slots=5", "--set", "model.dropout=0.1", "--set", "sample.images=10")
     words += ("--set", "checkpoint.every_minutes=0.001", "--set", "train.exact=true", "--set", setting)
     # That compares two estimates of the network, and shows it none.
-    words += ("--set", f"diffusion.self_conditioning={'objective' not in setting}")
+    is_guided = setting.startswith("consistency")
+    words += ("--set", f"diffusion.self_conditioning={not is_guided and 'objective' not in setting}")
+    if is_guided:
+        assert started("teacher", precision, 1, 10**9, *words[:-4], *words[-2:], "--epochs", 1).wait(250) == 0
+        words += ("--set", "diffusion.objective=consistency", "--from", "teacher")
     usual = {"ema.device=cpu": "ema.device=null", "train.shard_optimizer=true": "train.shard_optimizer=false"}
     without = ("--set", usual.get(setting, setting))
     ended = started(whole_run, precision, 1, 10**9, *words, *without)
@@ -408,7 +412,7 @@ def test_killed_and_moved_processes_leave_the_same_bits(place, started, setting)
         ref = max(list_checkpoints(run))
         manifest = load_manifest(run, ref)
         losses = [(row.get("loss"), row.get("loss_scale")) for row in read_rows(run, manifest.metrics, pytest.fail)]
-        assert manifest.groups == ("model", "ema", "ema-0.1", "optimizer")
+        assert manifest.groups == ("model", "ema", "ema-0.1", *(["teacher"] if is_guided else []), "optimizer")
         # The configuration names where averages and moments lie.
         hashes = {file.sha256 for file in manifest.files if setting not in usual or RUN_CONFIG not in file.key}
         (grid,) = place.bucket.glob(f"runs/{name}/samples/epoch-0002*.png")
