@@ -129,14 +129,32 @@ def _begun(bucket: Store, request: TrainRequest) -> RunConfig:
         channels = f", or pack the images with --channels {theirs['data.channels']}" * ("data.channels" in differing)
         raise BadConfigError(f"{fit}: leave out these settings, or --from{channels}")
     if config.consistency.guidance != 1:
-        unfit = {key: theirs.get(key) for key in _INPUTS if (theirs.get(key) or 0) != (ours[key] or 0)}
-        unfit |= {} if parent.model.label_dropout else {"model.label_dropout": 0}
-        unfit |= {"diffusion.objective": "consistency"} if parent.diffusion.objective == "consistency" else {}
-        if unfit:
-            needs = "needs a parent that denoises with the run's classes and conditions, and without them"
-            its = ", ".join(f"{key}={value}" for key, value in unfit.items())
-            raise BadConfigError(f"consistency.guidance={config.consistency.guidance:g} {needs}: {name} has {its}")
+        _check_teacher(at, parent, config, index)
     return config.updated(pinned)
+
+
+def _check_teacher(at: Store, parent: RunConfig, config: RunConfig, index: DatasetIndex) -> None:
+    """Checks that a parent can guide a run: it denoises with the same inputs, and without them.
+
+    Raises:
+        BadConfigError: it cannot; or its classes or numbers mean something else, which training would not mend.
+        MissingInputError: its dataset is gone.
+    """
+    theirs, ours, name = parent.flat(), config.flat(), config.parent.run
+    needs = f"consistency.guidance={config.consistency.guidance:g} needs a parent that denoises with"
+    unfit = {key: theirs.get(key) for key in _INPUTS if (theirs.get(key) or 0) != (ours[key] or 0)}
+    unfit |= {} if parent.model.label_dropout else {"model.label_dropout": 0}
+    unfit |= {"diffusion.objective": "consistency"} if parent.diffusion.objective == "consistency" else {}
+    if unfit:
+        its = ", ".join(f"{key}={value}" for key, value in unfit.items())
+        raise BadConfigError(f"{needs} the run's classes and conditions, and without them: {name} has {its}")
+    is_same = parent.data.dataset_id == index.dataset_id or not parent.data.dataset
+    learnt = index if is_same else load_index(at, records.dataset_key_of(parent))
+    labels = [(of.classes, of.vector_names, of.vector_mean, of.vector_std) for of in (learnt, index)]
+    if labels[0] != labels[1] or learnt.dataset_id not in (index.dataset_id, parent.data.dataset_id):
+        raise BadConfigError(f"{needs} the classes and numbers of {index.name}: those of {learnt.name} are others")
+    if parent.data.classes not in ((), index.classes):
+        raise BadConfigError(f"{needs} the classes of {index.name}: {name} has {', '.join(parent.data.classes)}")
 
 
 def _check_latents(at: Store, parent: RunConfig, index: DatasetIndex) -> None:

@@ -228,6 +228,12 @@ def test_a_child_keeps_the_teacher_that_guides_it(bucket):
     assert "without them: child has diffusion.objective=consistency" in again
     said = refused(begin(of="told", sets=few.replace("2", "3"), epochs=2), Exit.BAD_CONFIG)
     assert "consistency.guidance: the run has 2.0, asked for 3.0" in said
+    # Each of these classes would be guided as the one with its number.
+    names = yaml.safe_load(ran("data", "show", "shown", "--bucket", bucket, "--json"))["classes"]
+    images = [(f"{name}s/{n}.png", png(n)) for name in names for n in range(2)]
+    ran("data", "pack", folder_of(bucket.with_name("others"), images), "others", "--size", 16, "--bucket", bucket)
+    said = refused(begin(of="told", run="new", sets=few, dataset="others"), Exit.BAD_CONFIG)
+    assert "the classes and numbers of others: those of shown are others" in said
     shutil.rmtree(bucket / "runs" / "told")
     succeeded(begin(of="", epochs=2))
     for images_seen in (264, 504):
